@@ -1,0 +1,116 @@
+"""Checkpoints that are complete or not there at all.
+
+The student writes into its run directory itself, in a thread, and makes the checkpoint appear by rename: one code path
+finds the newest one after a crash, a Ctrl-C or a reboot, and a full disk leaves the previous one untouched.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+class CheckpointStore:
+    """The checkpoints of one run, newest last.
+
+    Args:
+        folder: ``<run>/checkpoints``.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self._thread: threading.Thread | None = None
+        self.failures: list[str] = []
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = self.folder.glob("step_*/state.pt") if self.folder.is_dir() else []
+        return sorted(int(path.parent.name.removeprefix("step_")) for path in names)
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.folder / f"step_{step:08d}"
+
+    def newest(self) -> dict[str, Any] | None:
+        """State of the newest complete checkpoint, on the CPU, or None.
+
+        Raises:
+            ValueError: it was written in a format that this version does not read.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        state: dict[str, Any] = torch.load(
+            self.path(steps[-1]) / "state.pt", map_location="cpu", weights_only=True
+        )
+        if state.get("format") != FORMAT:
+            raise ValueError(f"{self.path(steps[-1])} has format {state.get('format')}, this version reads {FORMAT}")
+        return state
+
+    def save(self, step: int, state: dict[str, Any]) -> str | None:
+        """Write a checkpoint now.
+
+        Returns:
+            None, or the sentence that says why it could not be written; the previous checkpoint is then still good.
+        """
+        partial = self.folder / f".step_{step:08d}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            torch.save({"format": FORMAT, **state}, partial / "state.pt")
+            final = self.path(step)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            previous = self.steps()
+            kept = f"the one of step {previous[-1]} stays good" if previous else "there is none before it"
+            cause = str(error).splitlines()[0]
+            self.failures.append(cause)
+            return f"checkpoint of step {step} could not be written ({cause}); {kept}. Free space in {self.folder}."
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        return None
+
+    def save_later(self, step: int, state: dict[str, Any], tell: Any) -> None:
+        """Write a checkpoint in a thread; one at a time, so a second one first waits for the first.
+
+        Args:
+            step: its step.
+            state: tensors in it must not change any more (see :func:`snapshot`).
+            tell: called with the sentence of :meth:`save` if there is one.
+        """
+        self.wait()
+
+        def write() -> None:
+            sentence = self.save(step, state)
+            if sentence is not None:
+                tell(sentence)
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def snapshot(value: Any) -> Any:
+    """A deep copy of nested dicts, lists and tensors, with every tensor on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value

@@ -1,0 +1,154 @@
+"""Scores published weights beside the student. The only process that may open target labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor, nn
+
+from actors.errors import UnreadableImage
+from actors.teacher import load_weights
+from models.networks.deeplab import DeepLab, adapt_batch_norm
+from models.scores import ConfusionMatrix, protocol_means
+from models.uncertainty import mean_probabilities, trunk_views
+
+Size = tuple[int, int]
+
+
+class LabelledReader(Protocol):
+    """Labelled target images, for scoring only."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, size: Size) -> np.ndarray:
+        """Image, uint8 H×W×3 RGB, at size (width, height)."""
+        ...
+
+    def label(self, index: int) -> np.ndarray:
+        """Class map, uint8 H×W, at its own size, 255 = ignore."""
+        ...
+
+
+class Scorer:
+    """One confusion matrix over a validation set. Plain object.
+
+    Args:
+        network: builds the network.
+        reader: labelled images.
+        prepare: uint8 N×H×W×3 RGB → network input.
+        views: image sizes (width, height) whose probabilities are averaged.
+        mirrored: whether every view is also seen mirrored.
+        num_classes: C.
+        protocols: class indices by protocol name; the first is the primary one.
+        device: where the network runs.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        reader: LabelledReader,
+        prepare: Callable[[Tensor], Tensor],
+        views: Sequence[Size],
+        mirrored: bool,
+        num_classes: int,
+        protocols: Mapping[str, Sequence[int]],
+        device: torch.device,
+    ) -> None:
+        self.network = network().to(device).eval().requires_grad_(False)
+        self.reader, self.prepare, self.views, self.mirrored = reader, prepare, tuple(views), mirrored
+        self.num_classes, self.protocols, self.device = num_classes, dict(protocols), device
+
+    def score(self, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Score one set of weights.
+
+        Returns:
+            ``{"miou", "per_class", "protocols", "images"}``, IoU in percent; None for a class that occurs nowhere.
+
+        Raises:
+            UnreadableImage: a validation file is broken: a score over fewer images would be another score.
+        """
+        load_weights(self.network, weights)
+        matrix = ConfusionMatrix(self.num_classes)
+        for index in range(len(self.reader)):
+            label = torch.from_numpy(np.array(self.reader.label(index)))
+            matrix.update(self.predict(index, (label.shape[0], label.shape[1])), label)
+        per_class = matrix.iou() * 100
+        means = protocol_means(per_class, self.protocols)
+        return {
+            "miou": next(iter(means.values())),
+            "per_class": [None if math.isnan(v) else round(v, 3) for v in per_class.tolist()],
+            "protocols": means,
+            "images": len(self.reader),
+        }
+
+    def predict(self, index: int, size: tuple[int, int]) -> Tensor:
+        """Classes of one image at a label's (height, width), int64 on the CPU."""
+        assert isinstance(self.network, DeepLab)
+        images = [
+            self.prepare(torch.from_numpy(np.array(self.reader.read(index, view)))[None].to(self.device))
+            for view in self.views
+        ]
+        views = trunk_views(self.network, images, mirror=self.mirrored)
+        return mean_probabilities(self.network, views, None, size)[0].argmax(0).cpu()
+
+    def with_statistics_of(
+        self, weights: Mapping[str, np.ndarray], reader: Any, indices: Sequence[int], batch: int = 4
+    ) -> dict[str, np.ndarray]:
+        """AdaBN: the same weights with batch-norm statistics estimated on other images.
+
+        Args:
+            weights: of the network.
+            reader: unlabelled target images.
+            indices: which of them; unreadable ones are left out.
+            batch: images in one forward pass.
+        """
+        load_weights(self.network, weights)
+        adapt_batch_norm(self.network, self._batches(reader, indices, batch))
+        return {name: tensor.cpu().numpy().copy() for name, tensor in self.network.state_dict().items()}
+
+    def _batches(self, reader: Any, indices: Sequence[int], batch: int) -> Any:
+        for start in range(0, len(indices), batch):
+            images = []
+            for index in indices[start : start + batch]:
+                try:
+                    images.append(np.array(reader.read(index, self.views[0])))
+                except UnreadableImage:
+                    continue
+            if images:
+                yield self.prepare(torch.from_numpy(np.stack(images)).to(self.device))
+
+
+class Evaluator:
+    """Shell of :class:`Scorer`; writes what it finds into the run log, marked as using target labels."""
+
+    def __init__(
+        self, make_scorer: Callable[[torch.device], Scorer], target: Any, run_log: Any, threads: int = 1
+    ) -> None:
+        torch.set_num_threads(threads)
+        device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        self.scorer, self.target, self.run_log = make_scorer(device), target, run_log
+
+    def score(self, version: int, reference: list[Any]) -> dict[str, Any] | None:
+        """Score published weights; None when they died with their student."""
+        try:
+            weights = ray.get(reference[0])
+        except ray.exceptions.RayError:
+            return None
+        result = self.scorer.score(weights)
+        self.run_log.write.remote("score", version, {"miou": result["miou"], "oracle_metric": True})
+        return result
+
+    def score_weights(self, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Score weights that are given by value."""
+        return self.scorer.score(weights)
+
+    def adabn(self, weights: Mapping[str, np.ndarray], images: int = 256) -> dict[str, Any]:
+        """Score weights after AdaBN on up to ``images`` target training images, spread evenly."""
+        count = min(images, len(self.target))
+        indices = [i * len(self.target) // count for i in range(count)]
+        return self.scorer.score(self.scorer.with_statistics_of(weights, self.target, indices))

@@ -1,0 +1,352 @@
+"""The bank of pseudo labels: who labels what next, which block is live, and the statistics of the whole set.
+
+The bank is the one that *calls* the teachers: a block returned by a method belongs to its caller, so labels outlive the
+teacher process that made them. It awaits only the small header of a call; the pixels never enter this process. All
+decisions are :class:`LabelBook`'s, an ordinary object; :class:`LabelBank` is its shell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.label_rounds import Header, read_round, write_round
+from actors.protocols import LabelPlan
+from actors.staleness import StalenessPolicy
+
+COLLAPSE_SHARE = 0.5
+"""Labels of a chunk have collapsed when they offer less than this share of the pixels, or of the effective number of
+classes, that the same images had before."""
+
+
+@dataclass
+class Entry:
+    """The live block of a chunk."""
+
+    block: Any
+    version: int
+    sequence: int
+    class_pixels: np.ndarray
+    histogram: np.ndarray
+
+
+@dataclass
+class Delta:
+    """What changed in the bank since a reader last asked."""
+
+    stage: int
+    sequence: int
+    entries: list[tuple[int, list[Any], int]]
+    """Chunk, the block's reference inside a list (a bare one would be resolved in transit), version."""
+    thresholds: np.ndarray | None
+    round_complete: bool
+
+
+@dataclass
+class Counters:
+    """What happened so far. ``images`` counts accepted labels only."""
+
+    images: int = 0
+    blocks: int = 0
+    failures: int = 0
+    lost_blocks: int = 0
+    collapsed_blocks: int = 0
+    teacher_seconds: float = 0.0
+    skipped: list[str] = field(default_factory=list)
+
+
+def effective_classes(class_pixels: np.ndarray) -> float:
+    """exp of the entropy of the class shares: 1 when all pixels are of one class, C when all are as frequent."""
+    share = class_pixels / max(1, class_pixels.sum())
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum())) if share.size else 0.0
+
+
+class LabelBook:
+    """Which chunk is labelled next and which label is live.
+
+    Invariant: at most one live block a chunk, and ``histogram`` is the sum of the live blocks' histograms.
+    """
+
+    def __init__(self, images: int, rows: int, plan: LabelPlan) -> None:
+        if images < 1 or rows < 1:
+            raise ValueError(f"a label book needs images and rows, got {images} images and {rows} rows a block")
+        self.ranges = [(start, min(start + rows, images)) for start in range(0, images, rows)]
+        self.rows = rows
+        self.plan = plan
+        self.entries: dict[int, Entry] = {}
+        self.busy: set[int] = set()
+        self.blocked: set[int] = set()
+        self.sequence = 0
+        self.counters = Counters()
+        self.histogram = np.zeros((plan.rule.num_classes, 256), np.int64)
+        self._thresholds: np.ndarray | None = None
+
+    @property
+    def policy(self) -> StalenessPolicy:
+        """The stage's staleness policy."""
+        return self.plan.policy
+
+    @property
+    def round_complete(self) -> bool:
+        """Every chunk has a live block."""
+        return len(self.entries) == len(self.ranges)
+
+    def next_chunk(self, newest: int | None) -> int | None:
+        """Reserve the stalest chunk that the policy admits; None when there is nothing to do."""
+        candidates = [
+            chunk
+            for chunk in range(len(self.ranges))
+            if chunk not in self.busy and self.policy.admit(newest, self._held(chunk), self.blocked)
+        ]
+        if not candidates:
+            return None
+        chunk = min(candidates, key=lambda c: (self._order(c), c))
+        self.busy.add(chunk)
+        return chunk
+
+    def accept(self, header: Header, block: Any) -> bool:
+        """Make a block the live one of its chunk; False when it is refused because its labels collapsed."""
+        self.busy.discard(header.chunk)
+        self.counters.teacher_seconds += header.seconds
+        self.counters.skipped += [path for path in header.skipped if path not in self.counters.skipped]
+        old = self.entries.get(header.chunk)
+        if old is not None and self._collapsed(old, header):
+            self.blocked.add(header.version)
+            self.counters.collapsed_blocks += 1
+            return False
+        if old is not None:
+            self.histogram -= old.histogram
+        self.sequence += 1
+        self.entries[header.chunk] = Entry(
+            block, header.version, self.sequence, header.class_pixels, header.histogram
+        )
+        self.histogram += header.histogram
+        self.counters.images += header.images
+        self.counters.blocks += 1
+        self._thresholds = None
+        return True
+
+    def fail(self, chunk: int) -> None:
+        """A call did not come back: the chunk is free again and keeps its older label."""
+        self.busy.discard(chunk)
+        self.counters.failures += 1
+
+    def lose(self, chunk: int, version: int) -> None:
+        """A reader found a block gone, with the node that held it: forget it, so that it is made again first."""
+        entry = self.entries.get(chunk)
+        if entry is not None and entry.version == version:
+            self.histogram -= entry.histogram
+            del self.entries[chunk]
+            self.counters.lost_blocks += 1
+
+    def thresholds(self) -> np.ndarray | None:
+        """Per-class confidence thresholds from all live records, or None where the rule needs none."""
+        if self.plan.selection is None:
+            return None
+        if self.policy.refresh == "once" and not self.round_complete:
+            return None
+        if self._thresholds is None:
+            self._thresholds = self.plan.selection.thresholds(self.histogram)
+        return self._thresholds
+
+    def class_shares(self) -> np.ndarray:
+        """Share of every class in what the live records offer; zeros when there are none."""
+        total = sum((e.class_pixels for e in self.entries.values()), np.zeros(len(self.histogram), np.int64))
+        return total / max(1, total.sum())
+
+    def delta(self, since: int) -> list[tuple[int, list[Any], int]]:
+        """Live blocks that are newer than a sequence number."""
+        return [
+            (chunk, [entry.block], entry.version)
+            for chunk, entry in self.entries.items()
+            if entry.sequence > since
+        ]
+
+    def index(self) -> dict[str, Any]:
+        """Versions, counters and thresholds: what a checkpoint keeps. Never pixels."""
+        thresholds = self.thresholds()
+        return {
+            "versions": {str(chunk): entry.version for chunk, entry in self.entries.items()},
+            "images": self.counters.images,
+            "failures": self.counters.failures,
+            "thresholds": None if thresholds is None else [int(t) for t in thresholds],
+        }
+
+    def _held(self, chunk: int) -> int | None:
+        entry = self.entries.get(chunk)
+        return None if entry is None else entry.version
+
+    def _order(self, chunk: int) -> tuple[int, int]:
+        entry = self.entries.get(chunk)
+        return (-1, -1) if entry is None else (entry.version, entry.sequence)
+
+    def _collapsed(self, old: Entry, new: Header) -> bool:
+        before, now = old.class_pixels, new.class_pixels
+        if not before.sum():
+            return False
+        fewer = now.sum() < COLLAPSE_SHARE * before.sum()
+        return bool(fewer or effective_classes(now) < COLLAPSE_SHARE * effective_classes(before))
+
+
+class LabelBank:
+    """Shell of :class:`LabelBook`: calls the teachers and answers the students. One instance a run."""
+
+    def __init__(
+        self,
+        plans: dict[int, LabelPlan],
+        images: int,
+        rows: Mapping[int, int],
+        teachers: Sequence[Any],
+        board: Any,
+        calls_in_flight: int = 2,
+        folder: str | None = None,
+    ) -> None:
+        self.folder = folder
+        self.plans, self.images = plans, images
+        self.teachers, self.board = list(teachers), board
+        self.rows = rows
+        self.calls_in_flight = calls_in_flight
+        self.stage = -1
+        self.stage_version = 0
+        self.book: LabelBook | None = None
+        self.student_step = 0
+        self.feeders: list[asyncio.Task[None]] = []
+        self.idle_seconds = 0.0
+        self.feeding_since = time.monotonic()
+        self.round_file: str | None = None
+
+    async def poll(self, stage: int, stage_version: int, since: int, step: int) -> Delta:
+        """Answer a student, and begin its stage when this is the first word of it.
+
+        Because every poll names the stage, a bank that was restarted finds its way back by itself.
+
+        Args:
+            stage: index of the stage that the student is in.
+            stage_version: the weights version with which the stage began.
+            since: sequence number of the reader's last delta.
+            step: the student's step.
+        """
+        if stage > self.stage:
+            await self._begin(stage, stage_version)
+        assert self.book is not None
+        self.student_step = max(self.student_step, step)
+        return Delta(
+            self.stage,
+            self.book.sequence,
+            self.book.delta(since),
+            self.book.thresholds(),
+            self.book.round_complete,
+        )
+
+    async def lost(self, chunk: int, version: int) -> None:
+        """A student could not read a block that this bank believes live."""
+        if self.book is not None:
+            self.book.lose(chunk, version)
+
+    async def index(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the bank."""
+        if self.book is None:
+            return {}
+        return {"stage": self.stage, "round_file": self.round_file, **self.book.index()}
+
+    async def status(self) -> dict[str, Any]:
+        """Numbers for the progress line and the report."""
+        if self.book is None:
+            return {}
+        book, elapsed = self.book, max(1e-9, time.monotonic() - self.feeding_since)
+        slots = max(1, len(self.teachers))
+        return {
+            "stage": self.stage,
+            "labels_made": book.counters.images,
+            "coverage": len(book.entries) / len(book.ranges),
+            "images_per_s": book.counters.images / elapsed,
+            "idle_share": max(0.0, 1.0 - book.counters.teacher_seconds / (elapsed * slots)),
+            "teacher_failures": book.counters.failures,
+            "blocks_lost": book.counters.lost_blocks,
+            "blocks_collapsed": book.counters.collapsed_blocks,
+            "skipped": list(book.counters.skipped),
+            "class_shares": book.class_shares().tolist(),
+        }
+
+    async def blocks(self) -> list[Any]:
+        """References of all live blocks, for ``ray.data.from_arrow_refs``."""
+        return [] if self.book is None else [entry.block for _, entry in sorted(self.book.entries.items())]
+
+    async def reopen(self, stage: int, stage_version: int, path: str) -> None:
+        """Take over a complete round that :func:`actors.label_rounds.write_round` wrote before a resume."""
+        await self._begin(stage, stage_version, feed=False)
+        assert self.book is not None
+        count = len(self.book.ranges)
+        headers_ref, *blocks = ray.remote(num_cpus=0)(read_round).options(num_returns=1 + count).remote(path, count)
+        for header, block in zip(await headers_ref, blocks, strict=True):
+            self.book.accept(header, block)
+        self.round_file = path
+
+    async def _begin(self, stage: int, stage_version: int, feed: bool = True) -> None:
+        for feeder in self.feeders:
+            feeder.cancel()
+        plan = self.plans[stage]
+        self.stage, self.stage_version = stage, stage_version
+        self.round_file = None
+        self.book = LabelBook(self.images, self.rows[stage], plan)
+        self.feeding_since = time.monotonic()
+        if feed:
+            self.feeders = [
+                asyncio.create_task(self._feed(teacher))
+                for teacher in self.teachers
+                for _ in range(self.calls_in_flight)
+            ]
+
+    async def _feed(self, teacher: Any) -> None:
+        """Keep one call to one teacher under way for as long as the stage lasts."""
+        book, stage = self.book, self.stage
+        assert book is not None
+        while True:
+            try:
+                newest = await self._version()
+            except ray.exceptions.RayError:
+                newest = None
+            chunk = book.next_chunk(newest)
+            if chunk is None:
+                await asyncio.sleep(0.05)
+                continue
+            try:
+                header_ref, block = teacher.label.options(num_returns=2).remote(
+                    stage, chunk, *book.ranges[chunk], newest, self.student_step
+                )
+                book.accept(await header_ref, block)
+                if book.round_complete and book.policy.refresh == "once":
+                    await self._keep_round(book)
+            except asyncio.CancelledError:
+                book.busy.discard(chunk)
+                raise
+            except ray.exceptions.RayError:
+                book.fail(chunk)
+                await asyncio.sleep(0.2)
+
+    async def _keep_round(self, book: LabelBook) -> None:
+        """Write a completed round once; a task does it, so the pixels stay out of this process."""
+        if self.folder is None or self.round_file is not None:
+            return
+        self.round_file = "being written"
+        blocks = [entry.block for _, entry in sorted(book.entries.items())]
+        task = ray.remote(num_cpus=0)(write_round)
+        try:
+            self.round_file = await task.remote(self.folder, book.histogram, *blocks)
+        except ray.exceptions.RayError:
+            self.round_file = None
+
+    async def _version(self) -> int | None:
+        """The weights version that a teacher should use now."""
+        newest = await self.board.newest_version.remote()
+        if newest is None or newest < self.stage_version:
+            return None
+        assert self.book is not None
+        return self.stage_version if self.book.policy.refresh == "once" else int(newest)

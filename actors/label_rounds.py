@@ -1,0 +1,84 @@
+"""A complete round of labels as a Parquet file: what ``refresh="once"`` needs to continue exactly.
+
+One row group a block, the records as the teachers made them; the summed confidence histogram stands in the file's
+metadata. The file is named by the digest of its pixels, so a checkpoint that names it cannot mean another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@dataclass
+class Header:
+    """What a teacher tells of a block it made. Small: it is all that the bank reads."""
+
+    chunk: int
+    version: int
+    images: int
+    seconds: float
+    class_pixels: np.ndarray
+    histogram: np.ndarray
+    skipped: tuple[str, ...] = ()
+
+
+def write_round(folder: str, histogram: np.ndarray, *blocks: pa.Table) -> str:
+    """Write blocks in chunk order.
+
+    Returns:
+        The file's absolute path, ``<folder>/<digest>.parquet``. It appears by rename: complete or not at all.
+    """
+    digest = hashlib.sha256()
+    for block in blocks:
+        for column in block.columns:
+            for part in column.chunks:
+                digest.update(memoryview(part.buffers()[-1]))
+    target = Path(folder) / f"{digest.hexdigest()[:16]}.parquet"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    metadata = {**(blocks[0].schema.metadata or {}), b"histogram": json.dumps(histogram.tolist()).encode()}
+    schema = blocks[0].schema.with_metadata(metadata)
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for block in blocks:
+                writer.write_table(block.replace_schema_metadata(metadata), row_group_size=max(1, block.num_rows))
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return str(target)
+
+
+def read_round(path: str, blocks: int) -> tuple[Any, ...]:
+    """The inverse of :func:`write_round`.
+
+    Returns:
+        The list of headers, then one table a block. The summed histogram is given to the first header.
+
+    Raises:
+        ValueError: the file holds another number of blocks than this run has.
+    """
+    file = pq.ParquetFile(path)
+    if file.num_row_groups != blocks:
+        raise ValueError(
+            f"{path} holds {file.num_row_groups} blocks of labels, this run needs {blocks}: "
+            "it was written by a run with other data or another number of teachers"
+        )
+    summed = np.array(json.loads(file.schema_arrow.metadata[b"histogram"]), np.int64)
+    headers, tables = [], []
+    for chunk in range(blocks):
+        table = file.read_row_group(chunk).combine_chunks()
+        counts = np.array(table.column("class_pixels").to_pylist(), np.int64).sum(0)
+        histogram = summed if chunk == 0 else np.zeros_like(summed)
+        version = table.column("weights_version")[0].as_py()
+        headers.append(Header(chunk, version, table.num_rows, 0.0, counts, histogram))
+        tables.append(table)
+    return (headers, *tables)

@@ -1,0 +1,116 @@
+"""The student's cords to the rest of the cluster, and the loop that Ray Train runs in every worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from actors.label_view import LabelView, Transport
+from actors.protocols import RunPlan
+from actors.publisher import Publisher
+from actors.student import Student
+
+
+@dataclass(frozen=True)
+class Handles:
+    """Actor handles that a student gets; ``bank``, ``evaluator`` and ``run_log`` may be missing (reference runs)."""
+
+    board: Any = None
+    bank: Any = None
+    evaluator: Any = None
+    run_log: Any = None
+    label_rows: Mapping[int, int] = field(default_factory=dict)
+    """Images in a label block, by stage."""
+
+
+class ClusterLink:
+    """The real :class:`actors.student.Link`: every call on the training path returns at once."""
+
+    ASK_AGAIN_SECONDS = 0.25
+
+    def __init__(
+        self, plan: RunPlan, handles: Handles, rank: int, inside_train: bool, name: str = ""
+    ) -> None:
+        self.plan, self.handles, self.rank = plan, handles, rank
+        self.inside_train, self.suffix = inside_train, f":{name}" if name else ""
+        lead = rank == 0 and handles.board is not None
+        self.publisher = Publisher(handles.board, handles.evaluator) if lead else None
+        self._stop = False
+        self._asked: Any = None
+        self._asked_at = 0.0
+
+    def view(self, stage: int, stage_version: int) -> LabelView:
+        """The label view of a stage."""
+        labels = self.plan.stages[stage].labels
+        assert labels is not None
+        layout = labels.rule.layout
+        shape = dict(layout.columns)[labels.label_column]
+        rows = self.handles.label_rows[stage]
+        return LabelView(labels, (shape[-2], shape[-1]), rows, stage, stage_version, Transport(self.handles.bank))
+
+    def write(self, kind: str, step: int, numbers: dict[str, Any]) -> None:
+        """Record a line of metrics."""
+        if self.handles.run_log is not None:
+            self.handles.run_log.write.remote(f"{kind}{self.suffix}", step, numbers)
+
+    def say(self, message: str, step: int) -> None:
+        """A sentence for the user."""
+        if self.handles.run_log is not None:
+            self.handles.run_log.say.remote(message, step)
+
+    def stop_requested(self) -> bool:
+        """Whether the user asked to stop, as of the last answer that has arrived."""
+        if self._stop or self.handles.run_log is None:
+            return self._stop
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            try:
+                self._stop = bool(ray.get(self._asked))
+            except ray.exceptions.RayError:
+                self._stop = False
+            self._asked = None
+        if self._asked is None and time.monotonic() - self._asked_at > self.ASK_AGAIN_SECONDS:
+            self._asked, self._asked_at = self.handles.run_log.should_stop.remote(), time.monotonic()
+        return self._stop
+
+    def bank_index(self) -> dict[str, Any]:
+        """The bank's index, or nothing when the bank does not answer."""
+        try:
+            return dict(ray.get(self.handles.bank.index.remote(), timeout=10))
+        except ray.exceptions.RayError:
+            return {}
+
+    def report(self, numbers: dict[str, Any]) -> None:
+        """Report to Ray Train, where this runs inside it."""
+        if self.inside_train:
+            ray.train.report(numbers)
+
+
+def train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs in every worker; ``config`` holds ``plan``, ``handles`` and ``threads``."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(config["threads"])
+    link = ClusterLink(config["plan"], config["handles"], rank, inside_train=True)
+    device = ray.train.torch.get_device()
+    return Student(config["plan"], link, rank, world, device).run()
+
+
+def train_alone(plan: RunPlan, handles: Handles, threads: int, name: str) -> dict[str, Any]:
+    """A run without teachers in one process: the reference runs. Its metrics carry ``name``.
+
+    Returns:
+        Student's summary and, under ``weights``, the final network as numpy.
+    """
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    student = Student(plan, ClusterLink(plan, handles, 0, inside_train=False, name=name), 0, 1, device)
+    summary = student.run()
+    weights = {name: tensor.cpu().numpy() for name, tensor in student.network.state_dict().items()}
+    return {**summary, "weights": weights}

@@ -1,0 +1,265 @@
+"""What the actors know of the rest of the house.
+
+A recipe describes a run as a tuple of :class:`StagePlan`; a pipeline turns it into streams, readers and rules. The
+actors see only the protocols and plain dataclasses of this file, so a new recipe never needs a change here unless it
+needs a new *kind* of thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from actors.records import RecordLayout
+from actors.staleness import StalenessPolicy
+
+if TYPE_CHECKING:  # the boards import this module and must start without torch
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """One rank's share of a global batch, as the stream delivers it, on the host.
+
+    Attributes:
+        images: uint8 N×H×W×3, RGB, at the stream's base size.
+        labels: uint8 N×H×W train ids (255 = ignore), or None where the stream has no labels.
+        positions: int64 N, the global position of every sample; all randomness of its view derives from it.
+        indices: int64 N, the image's index in its split.
+        skipped: paths of unreadable files that were replaced by the sample after them.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    positions: np.ndarray
+    indices: np.ndarray
+    skipped: tuple[str, ...] = ()
+
+
+class View(Protocol):
+    """A deterministic augmentation: the same positions give the same crops, flips and colours."""
+
+    def __call__(
+        self, images: Tensor, labels: Sequence[Tensor], positions: np.ndarray
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Augment images and every label map together.
+
+        Args:
+            images: uint8 N×H×W×3 on the student's device.
+            labels: maps N×h×w that share the image's field of view; the first one is the class map that crop rules
+                look at. Sampled to the nearest.
+            positions: int64 N, global sample positions.
+
+        Returns:
+            float32 N×3×h'×w' network input and the maps, N×h'×w'.
+        """
+        ...
+
+
+class Stream(Protocol):
+    """An endless, reproducible sequence of samples whose whole state is one integer, the global position."""
+
+    view: View
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The image index at every position: a pure function of (seed, position)."""
+        ...
+
+    def batches(self, position: int, steps: int, batch: int, rank: int, world: int) -> Iterator[RawBatch]:
+        """``steps`` batches of ``batch // world`` samples for one rank, beginning at a global position."""
+        ...
+
+
+class ImageReader(Protocol):
+    """What a teacher knows of the target images. There is no label path here."""
+
+    image_ids: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """One image, uint8 H×W×3 RGB, at size (width, height)."""
+        ...
+
+
+@dataclass
+class Labelled:
+    """What a label rule makes of one image.
+
+    Attributes:
+        columns: the record's columns, uint8, shapes as declared by the rule's layout.
+        class_pixels: int64 C, pixels of each class that the record offers.
+        histogram: int64 C×256, quantised confidence of each predicted class, before any threshold.
+    """
+
+    columns: dict[str, np.ndarray]
+    class_pixels: np.ndarray
+    histogram: np.ndarray
+
+
+class LabelRule(Protocol):
+    """Turns a network and target images into pseudo-label records; runs at the teacher."""
+
+    layout: RecordLayout
+    num_classes: int
+
+    @property
+    def view_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The image sizes (width, height) that the rule wants to see."""
+        ...
+
+    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+        """Label N images.
+
+        Args:
+            network: in eval mode, on the device of the views.
+            views: one uint8 N×H×W×3 tensor for each of ``view_sizes``.
+            seeds: one seed an image; the labels depend on nothing else that is random.
+        """
+        ...
+
+
+class Selection(Protocol):
+    """The part of a label rule that needs the whole set: thresholds from the histograms of all live records."""
+
+    def thresholds(self, histogram: np.ndarray) -> np.ndarray:
+        """uint8 C from int64 C×256; applied when a record is read."""
+        ...
+
+    def apply(self, record: Mapping[str, np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+        """uint8 H×W label with 255 where the record's confidence stays below its class's threshold."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelPlan:
+    """How a stage gets its pseudo labels."""
+
+    rule: LabelRule
+    policy: StalenessPolicy
+    selection: Selection | None = None
+    label_column: str = "label"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an objective sees: float32 network inputs and int64 labels on the student's device.
+
+    ``pseudo_weight`` is float32 N (one weight a label, from its age); all-255 pseudo labels are the way a missing
+    record looks, so every rank runs the same forwards whatever it has.
+    """
+
+    source: Tensor | None
+    source_label: Tensor | None
+    target: Tensor | None
+    pseudo_label: Tensor | None
+    pseudo_weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """Where the run stands. ``generator_seed`` is a function of (seed, step, rank)."""
+
+    stage_step: int
+    stage_steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ObjectiveContext:
+    """What an objective may know of the process it runs in."""
+
+    device: torch.device
+    average_gradients: Callable[[Sequence[nn.Parameter]], None]
+    """Averages .grad over the students; does nothing with one."""
+
+
+class Objective(Protocol):
+    """Turns network outputs and a batch into named loss terms, and owns whatever else it needs to do so."""
+
+    def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
+        """Weighted scalar terms; the student minimises their sum."""
+        ...
+
+    def learn(self, info: StepInfo) -> dict[str, Tensor]:
+        """Update the objective's own modules after the network's step; returns scalars to record."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, tensors included."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        ...
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a recipe, ready to run.
+
+    Attributes:
+        name: shown in the progress line and in the metrics.
+        steps: optimiser steps.
+        batch: samples of each domain in a global batch.
+        streams: ``source`` and/or ``target``.
+        objective: builds the objective; called once in every student.
+        optimiser: builds the optimiser of a network, deciding which parameters train; every group carries
+            ``lr_scale``.
+        learning_rate: base learning rate at a stage step.
+        labels: how target images get their labels, or None.
+        starts_from: ``previous`` (the student as it stands) or ``teacher`` (the published weights as they stand).
+        ema_decay: decay of the exponential moving average that teaches and is scored, or None to publish the student.
+        statistics: ``running`` keeps the batch-norm statistics that training left behind (both domains mixed);
+            ``target`` estimates them anew on recent target images before weights are published.
+        dropout: channel dropout rate of the student in this stage; None leaves the network's own.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    streams: Mapping[str, Stream]
+    objective: Callable[[ObjectiveContext], Objective]
+    optimiser: Callable[[nn.Module], torch.optim.Optimizer]
+    learning_rate: Callable[[int], float]
+    labels: LabelPlan | None = None
+    starts_from: Literal["previous", "teacher"] = "previous"
+    ema_decay: float | None = None
+    statistics: Literal["running", "target"] = "running"
+    dropout: float | None = None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything a student needs to run a recipe from its first step to its last.
+
+    Attributes:
+        network: builds a freshly initialised network.
+        stages: in order.
+        seed: decides initialisation, sample order, views, dropout.
+        folder: the run directory, absolute, visible to every student.
+        publish_every: steps between two published weights.
+        evaluate_every: steps between two scored weights, a multiple of ``publish_every``; 0 scores only the end.
+        checkpoint_every: steps between two checkpoints.
+        log_every: steps between two lines of metrics.
+        max_skipped_share: the share of unreadable images of a split above which the run ends.
+    """
+
+    network: Callable[[], nn.Module]
+    stages: tuple[StagePlan, ...]
+    seed: int
+    folder: str
+    publish_every: int = 50
+    evaluate_every: int = 0
+    checkpoint_every: int = 200
+    log_every: int = 10
+    max_skipped_share: float = 0.01
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps over all stages."""
+        return sum(stage.steps for stage in self.stages)

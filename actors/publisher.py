@@ -1,0 +1,129 @@
+"""The network that teaches: an average of the student, or the student itself, with the statistics of its choice.
+
+The average is the student's business, because it owns the optimiser step; teachers and evaluator only read what is
+published here, so they all agree.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor, nn
+
+from actors.protocols import View
+from models.networks.deeplab import adapt_batch_norm, ema_update
+
+STATISTICS_BATCHES = 8
+"""Recent target batches from which batch-norm statistics are estimated."""
+
+
+class TeachingNetwork:
+    """The published network of one stage.
+
+    Args:
+        network: a network of the student's architecture, on its device; becomes this object's own.
+        student: the student, whose weights it starts from.
+        decay: of the exponential moving average; None follows the student exactly.
+        statistics: ``running`` takes the student's batch-norm statistics as they are, ``target`` estimates them on
+            the target batches seen last.
+        view: turns remembered raw target batches into network input again.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        student: nn.Module,
+        decay: float | None,
+        statistics: Literal["running", "target"],
+        view: View | None,
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.network.load_state_dict(student.state_dict())
+        self.state = dict(self.network.state_dict())
+        self.decay, self.statistics, self.view = decay, statistics, view
+        self.recent: deque[tuple[Tensor, np.ndarray]] = deque(maxlen=STATISTICS_BATCHES)
+
+    def remember(self, images: Tensor, positions: np.ndarray) -> None:
+        """Keep a raw target batch, uint8 N×H×W×3, for the statistics."""
+        if self.statistics == "target":
+            self.recent.append((images, positions))
+
+    def follow(self, student: nn.Module) -> None:
+        """After every step: move the average. Without one there is nothing to do until publication."""
+        if self.decay is not None:
+            ema_update(self.state, student, self.decay, buffers="copy")
+
+    def settle(self, student: nn.Module) -> nn.Module:
+        """Bring weights and statistics up to date and return the network."""
+        if self.decay is None:
+            ema_update(self.state, student, 0.0, buffers="copy")
+        if self.statistics == "target" and self.recent and self.view is not None:
+            view, device = self.view, next(self.network.parameters()).device
+            inputs = (view(images.to(device), (), positions)[0] for images, positions in self.recent)
+            adapt_batch_norm(self.network, inputs)
+        return self.network
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and remembered batches."""
+        recent = [{"images": images, "positions": torch.from_numpy(p)} for images, p in self.recent]
+        return {"network": self.state, "recent": recent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.network.load_state_dict(state["network"])
+        self.recent.clear()
+        self.recent.extend((item["images"], item["positions"].numpy()) for item in state["recent"])
+
+
+class Publisher:
+    """Puts weights into the object store in a thread and hangs them on the board; rank 0 only."""
+
+    def __init__(self, board: Any, evaluator: Any | None) -> None:
+        self.board, self.evaluator = board, evaluator
+        self.version: int | None = None
+        self.skipped_scores = 0
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
+        self._pending: Future[None] | None = None
+        self._scoring: Any = None
+
+    def publish(self, version: int, network: nn.Module, *, pin: bool, score: bool) -> None:
+        """Publish a network as it is now; returns at once.
+
+        Args:
+            version: the student's step.
+            network: read before this returns.
+            pin: keep the version alive until another is pinned.
+            score: have the evaluator score it, unless it is still busy with the last one.
+        """
+        weights = {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in network.state_dict().items()}
+        self.flush()
+        self.version = version
+        self._pending = self._pool.submit(self._put, version, weights, pin, score)
+
+    def rewind(self, step: int) -> None:
+        """Tell the board that the student stands at an earlier step than it may have seen."""
+        ray.get(self.board.rewind.remote(step))
+
+    def flush(self) -> None:
+        """Wait until the last publication hangs on the board."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _put(self, version: int, weights: dict[str, np.ndarray], pin: bool, score: bool) -> None:
+        reference = ray.put(weights)
+        ray.get(self.board.publish.remote(version, [reference], pin))
+        if not score or self.evaluator is None:
+            return
+        if self._scoring is not None and not ray.wait([self._scoring], timeout=0)[0]:
+            self.skipped_scores += 1
+            return
+        self._scoring = self.evaluator.score.remote(version, [reference])
+
+

@@ -1,0 +1,449 @@
+"""The student: one process of the learning side, the loop of the run.
+
+:class:`Student` is an ordinary object and runs the same in a Ray Train worker, in a plain Ray task (the reference
+runs) and in a unit test. All its randomness is a function of (seed, step, rank) or of a sample's global position, so
+a resumed run needs no random state: it continues with the numbers the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from actors.checkpoints import CheckpointStore, snapshot
+from actors.errors import RunError
+from actors.label_view import LabelView, age_statistics
+from actors.protocols import Batch, Objective, ObjectiveContext, RawBatch, RunPlan, StagePlan, StepInfo, Stream
+from actors.publisher import Publisher, TeachingNetwork
+
+LOOK_AHEAD_BATCHES = 8
+"""Batches ahead of the step for which the view starts to pull labels."""
+STOP_CHECK_SECONDS = 0.5
+
+
+class Link(Protocol):
+    """What a student needs of the cluster. :class:`actors.link.ClusterLink` is the real one."""
+
+    publisher: Publisher | None
+
+    def view(self, stage: int, stage_version: int) -> LabelView:
+        """The label view of a stage."""
+        ...
+
+    def write(self, kind: str, step: int, numbers: dict[str, Any]) -> None:
+        """Record a line of metrics; never blocks."""
+        ...
+
+    def say(self, message: str, step: int) -> None:
+        """A sentence for the user."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether the user asked to stop; never blocks."""
+        ...
+
+    def bank_index(self) -> dict[str, Any]:
+        """The bank's index for a checkpoint."""
+        ...
+
+    def report(self, numbers: dict[str, Any]) -> None:
+        """Report to Ray Train: a barrier, so every rank calls it at the same steps."""
+        ...
+
+
+@dataclass
+class Tally:
+    """What a student counts over the whole run; part of its checkpoint."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    data_wait: float = 0.0
+    label_wait: float = 0.0
+    labelled_seconds: float = 0.0
+    join: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    ages: Counter[int] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**self.__dict__, "ages": dict(self.ages), "skipped": list(self.skipped)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Tally:
+        """The inverse of :meth:`state_dict`."""
+        return cls(**{**state, "ages": Counter(state["ages"])})
+
+    def summary(self) -> dict[str, Any]:
+        """The student's part of ``results.json``."""
+        return {
+            "images_per_s": self.samples / max(1e-9, self.seconds),
+            "wait_share": self.label_wait / max(1e-9, self.labelled_seconds),
+            "data_wait_share": self.data_wait / max(1e-9, self.seconds),
+            "join_share": self.join / max(1e-9, self.seconds),
+            "labels_read": self.hits,
+            "labels_missing": self.misses,
+            "label_age_steps": age_statistics(self.ages),
+            "skipped": list(self.skipped),
+        }
+
+
+@dataclass
+class StageState:
+    """What lives as long as a stage."""
+
+    plan: StagePlan
+    index: int
+    first_step: int
+    network: nn.Module
+    optimiser: torch.optim.Optimizer
+    objective: Objective
+    teaching: TeachingNetwork
+    view: LabelView | None = None
+    streams: dict[str, Iterator[RawBatch]] = field(default_factory=dict)
+
+
+class Student:
+    """Runs a plan from its newest checkpoint to its end.
+
+    Args:
+        plan: what to run.
+        link: the cluster.
+        rank, world: this student among all.
+        device: where the network lives.
+    """
+
+    def __init__(self, plan: RunPlan, link: Link, rank: int, world: int, device: torch.device) -> None:
+        for stage in plan.stages:
+            if stage.batch % world:
+                raise RunError(
+                    f"stage {stage.name} has batches of {stage.batch}, which {world} students cannot share evenly; "
+                    f"use a number of students that divides {stage.batch}"
+                )
+        self.plan, self.link, self.rank, self.world, self.device = plan, link, rank, world, device
+        self.store = CheckpointStore(f"{plan.folder}/checkpoints")
+        torch.manual_seed(plan.seed)
+        self.network = plan.network().to(device)
+        self.step = 0
+        self.tally = Tally()
+        self.stopped = False
+        self._stop_checked = 0.0
+        self._terms: list[dict[str, Tensor]] = []
+        self._logged_at = (0, time.perf_counter())
+        self.lead = rank == 0
+
+    def run(self) -> dict[str, Any]:
+        """Run all stages.
+
+        Returns:
+            ``{"step", "stopped", **summary}``.
+        """
+        state = self.store.newest()
+        first = 0
+        if state is not None:
+            self._check_fits(state)
+            self.network.load_state_dict(state["student"])
+            self.step, first, self.tally = state["step"], state["stage"], Tally.from_state(state["tally"])
+        if self.link.publisher is not None:
+            self.link.publisher.rewind(self.step)
+        teaching: TeachingNetwork | None = None
+        done = self.step >= self.plan.total_steps
+        for index in range(first, 0 if done else len(self.plan.stages)):
+            stage = self._begin(index, teaching, state)
+            state, teaching = None, stage.teaching
+            self._run_stage(stage)
+            if self.stopped:
+                break
+        self.store.wait()
+        return {"step": self.step, "stopped": self.stopped, **self.tally.summary()}
+
+    def _run_stage(self, stage: StageState) -> None:
+        """Take batches, step, publish, log, save, until the stage or the run ends."""
+        plan, end = stage.plan, stage.first_step + stage.plan.steps
+        if stage.view is not None and plan.labels is not None and plan.labels.policy.refresh == "once":
+            complete = stage.view.wait_for_round(self.step, self._should_stop_now)
+            if not complete:
+                self.stopped = True
+                return
+        last = time.perf_counter()
+        while self.step < end:
+            labelled = stage.view is not None and stage.view.hits > 0
+            self._train_step(stage)
+            self.step += 1
+            now = time.perf_counter()
+            self.tally.seconds += now - last
+            self.tally.labelled_seconds += (now - last) if labelled else 0.0
+            last = now
+            at_end = self.step == end
+            if self.step % self.plan.log_every == 0 or at_end:
+                self._log(stage)
+            if self._every(self.plan.publish_every) or at_end:
+                self._publish(stage)
+            self.stopped = self._stop_agreed()
+            # The end of a stage is saved by the beginning of the next one, with the fresh optimiser.
+            at_end = self.step == self.plan.total_steps
+            if self.stopped or at_end or (self._every(self.plan.checkpoint_every) and self.step < end):
+                self._checkpoint(stage, now=self.stopped or at_end)
+            if self.stopped:
+                return
+
+    def _train_step(self, stage: StageState) -> None:
+        """One optimiser step."""
+        plan, stage_step = stage.plan, self.step - stage.first_step
+        info = StepInfo(stage_step, plan.steps, _step_seed(self.plan.seed, self.step, self.rank))
+        batch = self._batch(stage)
+        torch.manual_seed(info.seed)
+        for group in stage.optimiser.param_groups:
+            group["lr"] = plan.learning_rate(stage_step) * group["lr_scale"]
+        stage.network.train()
+        terms = stage.objective.losses(stage.network, batch, info)
+        stage.optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        stage.optimiser.step()
+        more = stage.objective.learn(info)
+        stage.teaching.follow(self.network)
+        self._terms.append({name: value.detach() for name, value in {**terms, **more}.items()})
+        for images in (batch.source, batch.target):
+            self.tally.samples += 0 if images is None else len(images) * self.world
+
+    def _batch(self, stage: StageState) -> Batch:
+        """The next sample of every stream, with its label, augmented on the device."""
+        began = time.perf_counter()
+        raw = {name: next(stream) for name, stream in stage.streams.items()}
+        self.tally.data_wait += time.perf_counter() - began
+        for item in raw.values():
+            self._count_skipped(stage, item)
+        source = source_label = target = pseudo = weight = None
+        if "source" in raw:
+            item, stream = raw["source"], stage.plan.streams["source"]
+            assert item.labels is not None
+            labels = item.labels.to(self.device, non_blocking=True)
+            images = item.images.to(self.device, non_blocking=True)
+            source, (source_label,) = stream.view(images, (labels,), item.positions)
+            source_label = source_label.long()
+        if "target" in raw:
+            item, stream = raw["target"], stage.plan.streams["target"]
+            stage.teaching.remember(item.images, item.positions)
+            images = item.images.to(self.device, non_blocking=True)
+            if stage.view is None and item.labels is None:
+                target, _ = stream.view(images, (), item.positions)
+            else:
+                joined, weight = self._join(stage, item)
+                target, (pseudo,) = stream.view(images, (joined,), item.positions)
+                pseudo = pseudo.long()
+        return Batch(source, source_label, target, pseudo, weight)
+
+    def _join(self, stage: StageState, item: RawBatch) -> tuple[Tensor, Tensor]:
+        """Pseudo labels of a target batch, uint8 N×H×W, and their weights, float32 N, on the device."""
+        if stage.view is None:  # a labelled target stream: only the oracle has one
+            assert item.labels is not None
+            return item.labels.to(self.device), torch.ones(len(item.indices), device=self.device)
+        began = time.perf_counter()
+        before = stage.view.wait_seconds
+        stage.view.poll(self.step, self._upcoming(stage))
+        labels, weights = zip(*(stage.view.get(int(i), self.step) for i in item.indices), strict=True)
+        joined = torch.from_numpy(np.stack(labels)).to(self.device, non_blocking=True)
+        self.tally.label_wait += stage.view.wait_seconds - before
+        self.tally.join += time.perf_counter() - began
+        self.tally.hits, self.tally.misses = stage.view.hits, stage.view.misses
+        return joined, torch.tensor(weights, dtype=torch.float32).to(self.device, non_blocking=True)
+
+    def _upcoming(self, stage: StageState) -> np.ndarray:
+        """Image indices of this rank's target samples in the next batches."""
+        batch, share = stage.plan.batch, stage.plan.batch // self.world
+        steps = np.arange(self.step, self.step + LOOK_AHEAD_BATCHES) - stage.first_step
+        first = self._position(stage) + (steps - (self.step - stage.first_step)) * batch + self.rank * share
+        positions = (first[:, None] + np.arange(share)).reshape(-1)
+        return stage.plan.streams["target"].indices(positions)
+
+    def _begin(self, index: int, previous: TeachingNetwork | None, state: dict[str, Any] | None) -> StageState:
+        """Build what a stage needs, from a checkpoint when one is being resumed."""
+        plan = self.plan.stages[index]
+        first_step = sum(stage.steps for stage in self.plan.stages[:index])
+        if previous is not None and plan.starts_from == "teacher":
+            self.network.load_state_dict(previous.network.state_dict())
+        if plan.dropout is not None:
+            for module in self.network.modules():
+                if isinstance(module, nn.Dropout2d):
+                    module.p = plan.dropout
+        optimiser = plan.optimiser(self.network)
+        objective = plan.objective(ObjectiveContext(self.device, self._average_gradients))
+        target = plan.streams.get("target")
+        teaching = TeachingNetwork(
+            self.plan.network().to(self.device),
+            self.network,
+            plan.ema_decay,
+            plan.statistics,
+            None if target is None else target.view,
+        )
+        if previous is not None:
+            teaching.recent = previous.recent
+        if state is not None:
+            optimiser.load_state_dict(state["optimiser"])
+            objective.load_state_dict(state["objective"])
+            teaching.load_state_dict(state["teaching"])
+        stage = StageState(plan, index, first_step, self._parallel(), optimiser, objective, teaching)
+        stage_step = self.step - first_step
+        if stage_step < plan.steps:
+            position = self._position(stage)
+            stage.streams = {
+                name: stream.batches(position, plan.steps - stage_step, plan.batch, self.rank, self.world)
+                for name, stream in plan.streams.items()
+            }
+        if state is None and self.step > 0:
+            self._checkpoint(stage, now=True)
+        self._publish(stage, pin=stage_step == 0)
+        if plan.labels is not None:
+            stage.view = self.link.view(index, first_step)
+            stage.view.ages, stage.view.hits, stage.view.misses = self.tally.ages, self.tally.hits, self.tally.misses
+        return stage
+
+    def _position(self, stage: StageState) -> int:
+        """Samples of each domain consumed globally before the coming step."""
+        before = sum(plan.steps * plan.batch for plan in self.plan.stages[: stage.index])
+        return before + (self.step - stage.first_step) * stage.plan.batch
+
+    def _publish(self, stage: StageState, pin: bool = False) -> None:
+        if not self.lead or self.link.publisher is None:
+            return
+        every, total = self.plan.evaluate_every, self.plan.total_steps
+        score = every > 0 and self.step > 0 and (self.step % every == 0) and self.step < total
+        network = stage.teaching.settle(self.network)
+        self.link.publisher.publish(self.step, network, pin=pin, score=score)
+        if pin:
+            self.link.publisher.flush()
+
+    def _checkpoint(self, stage: StageState, now: bool) -> None:
+        """Save; and report to Train at the same steps on every rank."""
+        if self.lead:
+            if now:
+                stage.teaching.settle(self.network)
+            state = {
+                "stage": stage.index,
+                "step": self.step,
+                "student": self.network.state_dict(),
+                "optimiser": stage.optimiser.state_dict(),
+                "objective": stage.objective.state_dict(),
+                "teaching": stage.teaching.state_dict(),
+                "tally": self.tally.state_dict(),
+                "bank": self._bank_index(stage),
+            }
+            self.store.save_later(self.step, snapshot(state), lambda sentence: self.link.say(sentence, self.step))
+            if now:
+                self.store.wait()
+        self.link.report({"step": self.step, "stage": stage.index})
+
+    def _bank_index(self, stage: StageState) -> dict[str, Any]:
+        """The bank's index; with ``refresh="once"`` not before the round is a file that a resume can reopen."""
+        if stage.view is None or stage.plan.labels is None:
+            return {}
+        index = self.link.bank_index()
+        once = stage.plan.labels.policy.refresh == "once"
+        while once and index.get("stage") == stage.index and index.get("round_file") == "being written":
+            time.sleep(0.05)
+            index = self.link.bank_index()
+        return index
+
+    def _log(self, stage: StageState) -> None:
+        """Read the recorded tensors: the one place of the loop that waits for the device."""
+        if not self._terms:
+            return
+        names = sorted({name for terms in self._terms for name in terms})
+        rows = [[terms[name] for terms in self._terms if name in terms] for name in names]
+        means = torch.stack([torch.stack(row).float().mean() for row in rows]).tolist()
+        self._terms.clear()
+        step, since = self._logged_at
+        now = time.perf_counter()
+        self._logged_at = (self.step, now)
+        total = sum(value for name, value in zip(names, means, strict=True) if name.startswith("loss/"))
+        if not np.isfinite(means).all():
+            raise RunError(
+                f"the loss is no finite number any more at step {self.step} ({dict(zip(names, means, strict=True))}); "
+                "lower the learning rate, or resume from an earlier checkpoint with another seed"
+            )
+        if self.lead:
+            summary = self.tally.summary()
+            ages = summary.pop("label_age_steps")
+            summary.pop("skipped")
+            numbers = {
+                "stage": stage.plan.name,
+                "loss": total,
+                **dict(zip(names, means, strict=True)),
+                "learning_rate": stage.plan.learning_rate(self.step - 1 - stage.first_step),
+                "steps_per_s": (self.step - step) / max(1e-9, now - since),
+                **{f"label_age_steps_{name}": value for name, value in ages.items() if value is not None},
+                **summary,
+            }
+            self.link.write("train", self.step, numbers)
+
+    def _count_skipped(self, stage: StageState, item: RawBatch) -> None:
+        for path in item.skipped:
+            if path not in self.tally.skipped:
+                self.tally.skipped.append(path)
+                self.link.say(f"skipped an unreadable image: {path}", self.step)
+        images = min(getattr(stream, "images", np.inf) for stream in stage.plan.streams.values())
+        if len(self.tally.skipped) > self.plan.max_skipped_share * images:
+            raise RunError(
+                f"{len(self.tally.skipped)} of {images} images cannot be read, more than "
+                f"{self.plan.max_skipped_share:.0%}: {', '.join(self.tally.skipped[:3])}. Repair or remove them."
+            )
+
+    def _check_fits(self, state: dict[str, Any]) -> None:
+        """A checkpoint of another network is refused before anything is touched."""
+        mine = {name: tuple(t.shape) for name, t in self.network.state_dict().items()}
+        theirs = {name: tuple(t.shape) for name, t in state["student"].items()}
+        if mine != theirs:
+            odd = sorted(set(mine.items()) ^ set(theirs.items()))
+            raise RunError(
+                f"the checkpoint in {self.store.folder} is of another network (for example {odd[0][0]} differs); "
+                "resume with the options of that run, or start a run with another --name"
+            )
+
+    def _every(self, steps: int) -> bool:
+        return steps > 0 and self.step % steps == 0
+
+    def _parallel(self) -> nn.Module:
+        """The network as the objective calls it: gradients averaged over the students."""
+        if self.world == 1:
+            return self.network
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(self.network, device_ids=ids, broadcast_buffers=False)
+
+    def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self.world == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world
+
+    def _should_stop_now(self) -> bool:
+        return self.link.stop_requested()
+
+    def _stop_agreed(self) -> bool:
+        """Whether to stop after this step; all ranks say the same."""
+        if self.world == 1:
+            if time.perf_counter() - self._stop_checked < STOP_CHECK_SECONDS:
+                return False
+            self._stop_checked = time.perf_counter()
+            return self.link.stop_requested()
+        if self.step % self.plan.log_every:
+            return False
+        flag = torch.tensor([float(self.link.stop_requested())], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+

@@ -1,0 +1,101 @@
+"""Discriminators that look at class probabilities.
+
+They read a softmax map and answer, patch by patch, whether it came from the source domain.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.networks.backbone import PointwiseConv2d
+
+NEGATIVE_SLOPE = 0.2
+SCALES = 3
+RESIDUAL_BLOCKS = 4
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution with zero padding, then (optionally) a leaky rectifier."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, stride: int = 1, activate: bool = True
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1)
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels_in, h, w) to (N, channels_out, ceil(h / stride), ceil(w / stride))."""
+        y = self.conv(x)
+        return F.leaky_relu(y, NEGATIVE_SLOPE) if self.activate else y
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, the first activated, added to the input; nothing follows the sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.model = nn.Sequential(
+            ConvBlock(channels, channels), ConvBlock(channels, channels, activate=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels, h, w) to the same shape."""
+        return x + self.model(x)
+
+
+class MultiScaleDiscriminator(nn.Module):
+    """MRNet's patch discriminator: three equal networks on a three-level average-pool pyramid (methods 2.5).
+
+    With 19 classes and the published width it has 1 041 699 parameters. State-dict keys are those of the
+    published checkpoints. Weights start from N(0, 0.02^2), biases from zero.
+
+    Args:
+        num_classes: channels of the probability map it reads.
+        width: channels of the first four convolutions; the rest has twice as many.
+
+    Raises:
+        ValueError: if a count is below one.
+    """
+
+    def __init__(self, num_classes: int, width: int = 32) -> None:
+        super().__init__()
+        if num_classes < 1 or width < 1:
+            raise ValueError(f"num_classes is {num_classes} and width is {width}; both must be at least 1")
+        self.cnns = nn.ModuleList(_patch_network(num_classes, width) for _ in range(SCALES))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, probabilities: Tensor) -> list[Tensor]:
+        """Patch scores of every scale.
+
+        Args:
+            probabilities: softmax over classes, float (N, C, H, W).
+
+        Returns:
+            Three maps (N, 1, h, w) at strides 8, 16 and 32.
+        """
+        scores: list[Tensor] = []
+        x = probabilities
+        for index, network in enumerate(self.cnns):
+            if index:
+                x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+            scores.append(network(x))
+        return scores
+
+
+def _patch_network(num_classes: int, width: int) -> nn.Sequential:
+    wide = 2 * width
+    return nn.Sequential(
+        ConvBlock(num_classes, width, stride=2),
+        ConvBlock(width, width),
+        ConvBlock(width, width, stride=2),
+        ConvBlock(width, width),
+        ConvBlock(width, wide, stride=2),
+        *(ResidualBlock(wide) for _ in range(RESIDUAL_BLOCKS)),
+        PointwiseConv2d(wide, 1, bias=True),
+    )

@@ -1,0 +1,101 @@
+"""Scores over a whole set: confusion matrix, IoU per class, protocol means, share of the gap closed.
+
+A class that occurs in neither ground truth nor prediction has IoU NaN and does not enter a mean. Sizes that
+differ are an error, never skipped. Methods 2.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+IGNORE = 255
+
+
+class ConfusionMatrix:
+    """Accumulates M over a set: row = ground truth, column = prediction, ignored ground truth left out.
+
+    Args:
+        num_classes: C.
+        device: where to count.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.matrix = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Counts the pixels of one or more images.
+
+        Args:
+            prediction: integer classes 0..C-1, any shape.
+            label: integer ground truth of the same shape, 255 ignored.
+
+        Raises:
+            ValueError: if the shapes differ, or a value is neither a class nor (in the label) 255.
+        """
+        if prediction.shape != label.shape:
+            raise ValueError(
+                f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} have different sizes; "
+                "bring the prediction to the label's size before scoring"
+            )
+        prediction, label = prediction.to(self.matrix.device).long(), label.to(self.matrix.device).long()
+        for name, values in (("prediction", prediction), ("label", label[label != IGNORE])):
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < self.num_classes:
+                raise ValueError(
+                    f"the {name} holds values from {int(values.min())} to {int(values.max())}, but the "
+                    f"classes are 0 to {self.num_classes - 1}"
+                )
+        self.matrix += multiclass_confusion_matrix(
+            prediction.flatten(), label.flatten(), self.num_classes, ignore_index=IGNORE, validate_args=False
+        )
+
+    def iou(self) -> Tensor:
+        """IoU per class, float64 (C,), see ``iou``."""
+        return iou(self.matrix)
+
+
+def iou(matrix: Tensor) -> Tensor:
+    """IoU_c = M_cc / (row_c + column_c - M_cc), float64 (C,); NaN where neither side has class c."""
+    m = matrix.to(torch.float64)
+    hit = m.diagonal()
+    union = m.sum(dim=0) + m.sum(dim=1) - hit
+    return torch.where(union > 0, hit / union, torch.full_like(hit, math.nan))
+
+
+def mean_iou(per_class: Tensor | Sequence[float], classes: Sequence[int] | None = None) -> float:
+    """Mean over the given classes (all by default) of those IoUs that are not NaN; NaN if none is.
+
+    Raises:
+        ValueError: if a class index does not exist.
+    """
+    values = torch.as_tensor(per_class, dtype=torch.float64)
+    if classes is not None:
+        if not all(0 <= index < len(values) for index in classes):
+            raise ValueError(
+                f"the protocol {list(classes)} names classes beyond the {len(values)} scored ones"
+            )
+        values = values[list(classes)]
+    return float(values.nanmean())
+
+
+def protocol_means(
+    per_class: Tensor | Sequence[float], protocols: Mapping[str, Sequence[int]]
+) -> dict[str, float]:
+    """The mean of every protocol from one per-class row.
+
+    SYNTHIA's 16 and 13 are subsets of the same 19-way row (methods 2.3, way b): a prediction of one of the
+    three absent classes counts as an error.
+    """
+    return {name: mean_iou(per_class, classes) for name, classes in protocols.items()}
+
+
+def gap_closed(adapted: float, source_only: float, oracle: float | None) -> float | None:
+    """(adapted - source_only) / (oracle - source_only); None without an oracle or without a gap."""
+    if oracle is None or oracle == source_only:
+        return None
+    return (adapted - source_only) / (oracle - source_only)

@@ -1,0 +1,370 @@
+"""Monte-Carlo dropout over test-time views, and the label rules built on it (methods 3.2 and 4.1).
+
+All randomness of the networks sits in the channel dropout before a bias-free 1x1 convolution. So the trunk
+runs once per view, and the T passes over it are one matrix product with T masked copies of the classifier.
+Sums over passes and views commute with the bilinear upsampling; and the minimum and the deviation are asked
+of one class per pixel only, the winner of the mean, so instead of T upsampled volumes each pixel reads that
+class's T values at its four grid neighbours. Probabilities are divided by the number of views (0..1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.networks.deeplab import AUX_WEIGHT, DeepLab, HeadFeatures, upsample
+
+IGNORE = 255
+Strategy = Literal["mean", "min", "std"]
+STRATEGIES: tuple[Strategy, ...] = ("mean", "min", "std")
+PIXELS_AT_ONCE = 1 << 18
+"""Pixels whose passes are gathered together; bounds the memory at large label sizes."""
+
+
+@dataclass(frozen=True)
+class UncertaintyRule:
+    """Which pixels keep their label; thresholds are on the 0..1 scale (published: 3.2 and 0.2 of 4 views).
+
+    With m the mean over passes of q_t and k* = argmax_c m_c: ``mean`` keeps k* where m_k* >= min_confidence;
+    ``min`` where every pass gives k* at least that; ``std`` where m_k* does and the population standard
+    deviation of q_{t,k*} is at most max_std.
+
+    Raises:
+        ValueError: for an unknown strategy or a threshold outside its range.
+    """
+
+    strategy: Strategy = "mean"
+    """mean, min or std."""
+    min_confidence: float = 0.8
+    """Lowest probability a kept pixel may have."""
+    max_std: float = 0.05
+    """Largest deviation over passes a kept pixel may have (strategy std)."""
+    published_min: bool = False
+    """Bit-faithful min (Q-EP-3): store argmax_c min_t q_{t,c} although the test looks at k*."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {self.strategy!r}; choose one of {', '.join(STRATEGIES)}")
+        if not 0.0 <= self.min_confidence <= 1.0:
+            raise ValueError(f"min_confidence is {self.min_confidence}; a probability lies in [0, 1]")
+        if self.max_std < 0.0:
+            raise ValueError(f"max_std is {self.max_std}; a deviation is not negative")
+
+
+@dataclass(frozen=True)
+class View:
+    """What the trunk made of one view of the images: (N, K, h, w) per head, perhaps of mirrored images."""
+
+    features: HeadFeatures
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
+class HeadMasks:
+    """Dropout factors of one view, (T, N, K) float per head: 0 or 1 / (1 - rate)."""
+
+    aux: Tensor
+    main: Tensor
+
+
+@dataclass(frozen=True)
+class MonteCarloLabels:
+    """Labels of N images at label size, each field (N, H, W)."""
+
+    label: Tensor
+    """uint8: k* (or the published min's class) where kept, 255 where withheld."""
+    argmax: Tensor
+    """uint8: k*, everywhere."""
+    confidence: Tensor
+    """float32: m_k*, in 0..1."""
+    lowest: Tensor | None = None
+    """float32: min over passes of q_{t,k*}; strategy min only."""
+    std: Tensor | None = None
+    """float32: population standard deviation of q_{t,k*} over passes; strategy std only."""
+
+    def quantised(self) -> Tensor:
+        """The confidence in 255 steps, uint8."""
+        return quantise(self.confidence)
+
+
+def quantise(confidence: Tensor) -> Tensor:
+    """Rounds confidences in 0..1 to uint8 steps of 1/255."""
+    return (confidence * 255.0).round().clamp(0.0, 255.0).to(torch.uint8)
+
+
+def draw_masks(
+    generators: Sequence[torch.Generator],
+    *,
+    views: int,
+    passes: int,
+    channels: int,
+    rate: float = 0.1,
+    device: torch.device | str = "cpu",
+) -> list[HeadMasks]:
+    """Independent dropout masks for every view, pass, head and channel of every image.
+
+    Each image draws from its own generator, so its labels depend neither on the other images of the batch
+    nor on the device. The published rate is 0.1 whatever the training rate was (methods 4.1).
+
+    Args:
+        generators: one CPU generator per image.
+        views: number of views V.
+        passes: number of passes T.
+        channels: K, the network's ``bottleneck_channels``.
+        rate: share of channels dropped; 0 turns dropout off.
+        device: where the masks are wanted.
+
+    Returns:
+        V masks, each (T, N, K) per head.
+
+    Raises:
+        ValueError: if a count is below one or the rate outside [0, 1).
+    """
+    if not generators or min(views, passes, channels) < 1:
+        raise ValueError(
+            f"{len(generators)} images, {views} views, {passes} passes and {channels} channels were asked "
+            "for; each must be at least 1"
+        )
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"the dropout rate is {rate}; it lies in [0, 1)")
+    drawn = torch.stack(
+        [torch.rand((views, 2, passes, channels), generator=generator) for generator in generators], dim=3
+    )
+    masks = ((drawn >= rate).float() / (1.0 - rate)).to(device)
+    return [HeadMasks(view[0], view[1]) for view in masks]
+
+
+@torch.no_grad()
+def monte_carlo_labels(
+    network: DeepLab,
+    views: Sequence[View],
+    masks: Sequence[HeadMasks],
+    size: tuple[int, int],
+    rule: UncertaintyRule,
+) -> MonteCarloLabels:
+    """Labels and statistics of T dropout passes over every view.
+
+    q_t = mean over views of Up(softmax(z_A / 2 + z_P)), the softmax at network resolution, mirrored views
+    mirrored back, Up bilinear with corners aligned to ``size``. Equals T full passes with the same masks.
+
+    Args:
+        network: the network whose classifiers are used; its mode does not matter.
+        views: trunk outputs of every view, same images in the same order.
+        masks: as many as views, see ``draw_masks``.
+        size: label (height, width).
+        rule: what to keep.
+
+    Returns:
+        Labels of N images.
+
+    Raises:
+        ValueError: if views and masks do not belong together, or there is no view.
+    """
+    _check(network, views, masks)
+    grids = _pass_probabilities(network, views, masks)
+    images = views[0].features.main.shape[0]
+    parts = [_label_image([grid[n] for grid in grids], size, rule) for n in range(images)]
+
+    def stacked(fields: list[Tensor | None]) -> Tensor | None:
+        present = [field for field in fields if field is not None]
+        return torch.stack(present) if present else None
+
+    return MonteCarloLabels(
+        torch.stack([part.label for part in parts]),
+        torch.stack([part.argmax for part in parts]),
+        torch.stack([part.confidence for part in parts]),
+        stacked([part.lowest for part in parts]),
+        stacked([part.std for part in parts]),
+    )
+
+
+@torch.no_grad()
+def mean_probabilities(
+    network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks] | None, size: tuple[int, int]
+) -> Tensor:
+    """Fused prediction m = mean over passes and views of Up(softmax(z_F)) (methods 3.2 and 3.4).
+
+    Args:
+        network: the network whose classifiers are used.
+        views: trunk outputs of every view.
+        masks: as many as views, or None for a single pass without dropout.
+        size: output (height, width).
+
+    Returns:
+        float32 (N, C, *size); sums to one over classes.
+
+    Raises:
+        ValueError: if views and masks do not belong together, or there is no view.
+    """
+    if masks is None:
+        masks = [_no_dropout(view) for view in views]
+    _check(network, views, masks)
+    grids = _pass_probabilities(network, views, masks)
+    return torch.stack([upsample(grid.mean(dim=1), size) for grid in grids]).sum(dim=0)
+
+
+def trunk_views(network: DeepLab, batches: Sequence[Tensor], *, mirror: bool = True) -> list[View]:
+    """Runs the trunk once per view, plain and (optionally) mirrored.
+
+    Args:
+        network: in evaluation mode, or its batch norms would read and write batch statistics.
+        batches: the same images at every view size, each (N, 3, H, W).
+        mirror: whether to add each batch's mirror image.
+
+    Returns:
+        One or two views per batch.
+
+    Raises:
+        ValueError: if the network is in training mode.
+    """
+    if network.training:
+        raise ValueError("the network is in training mode; call eval() before labelling with it")
+    views: list[View] = []
+    with torch.no_grad():
+        for images in batches:
+            views.append(View(network.trunk(images)))
+            if mirror:
+                views.append(View(network.trunk(images.flip(-1)), mirrored=True))
+    return views
+
+
+def _no_dropout(view: View) -> HeadMasks:
+    main = view.features.main
+    one = torch.ones((1, *main.shape[:2]), dtype=main.dtype, device=main.device)
+    return HeadMasks(one, one)
+
+
+def _check(network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks]) -> None:
+    if not views or len(views) != len(masks):
+        raise ValueError(
+            f"{len(views)} views and {len(masks)} masks were given; there must be one mask per view"
+        )
+    images, channels = views[0].features.main.shape[:2]
+    passes = masks[0].main.shape[0]
+    for view, mask in zip(views, masks, strict=True):
+        if view.features.main.shape[:2] != (images, channels):
+            raise ValueError("the views do not show the same number of images with the same channels")
+        if mask.main.shape != (passes, images, channels) or mask.aux.shape != (passes, images, channels):
+            raise ValueError(
+                f"a mask has shape {tuple(mask.main.shape)}; {passes} passes over {images} images with "
+                f"{channels} channels need {(passes, images, channels)}"
+            )
+    if channels != network.config.bottleneck_channels:
+        raise ValueError(
+            f"the features have {channels} channels, the network's classifiers read "
+            f"{network.config.bottleneck_channels}"
+        )
+
+
+def _pass_probabilities(network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks]) -> list[Tensor]:
+    """Softmax of every pass at network resolution, views of one grid summed, divided by the view count.
+
+    Returns:
+        One float (N, T, C, h, w) per distinct grid.
+    """
+    weight_aux = AUX_WEIGHT * network.layer5.classifier.weight[:, :, 0, 0]
+    weight_main = network.layer6.classifier.weight[:, :, 0, 0]
+    sums: dict[tuple[int, int], Tensor] = {}
+    for view, mask in zip(views, masks, strict=True):
+        aux, main = view.features
+        images, _, h, w = main.shape
+        classes = weight_main.shape[0]
+
+        def passes(weight: Tensor, factors: Tensor) -> Tensor:
+            # (N, T, 1, K) * (C, K): dropping an input channel is dropping a weight column.
+            masked = factors.transpose(0, 1)[:, :, None] * weight
+            return masked.flatten(1, 2)  # (N, T * C, K)
+
+        logits = torch.bmm(passes(weight_aux, mask.aux), aux.flatten(2).to(weight_aux.dtype))
+        logits = torch.baddbmm(logits, passes(weight_main, mask.main), main.flatten(2).to(weight_main.dtype))
+        probabilities = logits.view(images, -1, classes, h, w).softmax(dim=2)
+        if view.mirrored:
+            probabilities = probabilities.flip(-1)
+        known = sums.get((h, w))
+        sums[h, w] = probabilities if known is None else known.add_(probabilities)
+    return [total.div_(len(views)) for total in sums.values()]
+
+
+def _label_image(grids: list[Tensor], size: tuple[int, int], rule: UncertaintyRule) -> MonteCarloLabels:
+    """One image: ``grids`` hold its (T, C, h, w) probabilities, already divided by the number of views."""
+    mean = torch.stack([upsample(grid.mean(dim=0, keepdim=True), size) for grid in grids]).sum(dim=0)[0]
+    confidence, winner = mean.max(dim=0)
+    argmax = winner.to(torch.uint8)
+    withheld = torch.full_like(argmax, IGNORE)
+    if rule.strategy == "mean":
+        label = torch.where(confidence >= rule.min_confidence, argmax, withheld)
+        return MonteCarloLabels(label, argmax, confidence)
+    if rule.strategy == "min":
+        lowest = _winner_statistics(grids, winner, "min")
+        value = _lowest_argmax(grids, size) if rule.published_min else argmax
+        label = torch.where(lowest >= rule.min_confidence, value, withheld)
+        return MonteCarloLabels(label, argmax, confidence, lowest=lowest)
+    std = _winner_statistics(grids, winner, "std")
+    kept = (confidence >= rule.min_confidence) & (std <= rule.max_std)
+    return MonteCarloLabels(torch.where(kept, argmax, withheld), argmax, confidence, std=std)
+
+
+def _winner_statistics(grids: list[Tensor], winner: Tensor, kind: Literal["min", "std"]) -> Tensor:
+    """Minimum or deviation over passes of q_{t,k*}, float (H, W); reads only the winner's grid values.
+
+    Every pixel is a weighted sum of four neighbours per grid of its winner's T values. With the grids laid
+    out as one table of rows (class, cell) and T columns, that is a weighted bag of embeddings.
+    """
+    height, width = winner.shape
+    table = torch.cat([grid.flatten(1).t() for grid in grids])  # (sum of C * h * w, T)
+    device = table.device
+    starts: list[int] = []
+    start = 0
+    axes = []
+    for grid in grids:
+        starts.append(start)
+        start += grid[0].numel()
+        axes.append((_taps(height, grid.shape[-2], device), _taps(width, grid.shape[-1], device)))
+    rows_at_once = max(1, PIXELS_AT_ONCE // width)
+    found: list[Tensor] = []
+    for top in range(0, height, rows_at_once):
+        part = winner[top : top + rows_at_once, :, None]
+        cells: list[Tensor] = []
+        weights: list[Tensor] = []
+        for grid, first, ((y_cells, y_weights), (x_cells, x_weights)) in zip(
+            grids, starts, axes, strict=True
+        ):
+            h, w = grid.shape[-2:]
+            y_cells, y_weights = y_cells[top : top + rows_at_once], y_weights[top : top + rows_at_once]
+            # (rows, width, 4): the four neighbours of each pixel, then the winner's plane of the table.
+            near = (y_cells[:, None, :, None] * w + x_cells[None, :, None, :]).flatten(2)
+            cells.append(near + part * (h * w) + first)
+            weights.append((y_weights[:, None, :, None] * x_weights[None, :, None, :]).flatten(2))
+        values = torch.nn.functional.embedding_bag(
+            torch.cat(cells, dim=2).flatten(0, 1),
+            table,
+            per_sample_weights=torch.cat(weights, dim=2).flatten(0, 1),
+            mode="sum",
+        )
+        found.append(values.amin(dim=1) if kind == "min" else values.std(dim=1, correction=0))
+    return torch.cat(found).view(height, width)
+
+
+def _taps(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two cells each pixel of an axis reads and their weights, (pixels, 2) each, corners aligned."""
+    scale = (cells - 1) / (pixels - 1) if pixels > 1 else 0.0
+    position = torch.arange(pixels, device=device, dtype=torch.float64) * scale
+    low = position.floor().clamp(max=cells - 1)
+    share = (position - low).float()
+    first = low.long()
+    second = (first + 1).clamp(max=cells - 1)
+    return torch.stack([first, second], dim=1), torch.stack([1.0 - share, share], dim=1)
+
+
+def _lowest_argmax(grids: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Class argmax_c min_t q_{t,c}, uint8 (H, W); one upsampled volume per pass."""
+    lowest: Tensor | None = None
+    for t in range(grids[0].shape[0]):
+        q = torch.stack([upsample(grid[t : t + 1], size) for grid in grids]).sum(dim=0)[0]
+        lowest = q if lowest is None else torch.minimum(lowest, q, out=lowest)
+    assert lowest is not None
+    return lowest.argmax(dim=0).to(torch.uint8)

@@ -1,0 +1,315 @@
+"""A run from its first process to its result: start the actors, train, score, write."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from actors.checkpoints import CheckpointStore
+from actors.errors import RunError
+from actors.evaluator import Evaluator
+from actors.label_bank import LabelBank
+from actors.link import Handles, train_alone, train_loop
+from actors.run_log import RunLog
+from actors.teacher import Teacher
+from actors.weight_board import WeightBoard
+from pipelines import cluster
+from pipelines.cluster import HEAD, Shares, actor_options
+from pipelines.options import AdaptOptions, write_config
+from pipelines.results import assemble, write_json
+from pipelines.setup import Setup, resolve
+
+WATCH_SECONDS = 0.5
+MAX_RESTARTS = 3
+"""How often Ray Train starts dead students again before it gives up."""
+
+Watch = Callable[[str, dict[str, Any]], None]
+"""Called with what happens: ``("phase", {...})``, ``("progress", {...})``, ``("message", {"text": ...})``."""
+
+
+@dataclass
+class Outcome:
+    """How a run ended."""
+
+    folder: Path
+    results: dict[str, Any] | None = None
+    stopped: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def adapt(options: AdaptOptions, watch: Watch) -> Outcome:
+    """Run a recipe on a benchmark, from its newest checkpoint if the run directory has one.
+
+    Args:
+        options: what to run.
+        watch: told what happens, often; must return at once.
+
+    Raises:
+        RunError: something the user gave cannot work.
+        DataError: the data are not as expected.
+    """
+    began = time.monotonic()
+    watch("phase", {"name": "data", "text": "opening the data"})
+    setup = resolve(options)
+    write_config(setup.options)
+    seconds = {"data": time.monotonic() - began}
+    watch("phase", {"name": "start", "text": "starting Ray", "folder": setup.plan.folder})
+    url = cluster.start(setup.options)
+    if url:
+        watch("message", {"text": f"Ray dashboard: {url}"})
+    parts = cluster.shares(setup.options, cluster.total_resources())
+    run = Run(setup, parts, watch, seconds)
+    with stop_on_interrupt() as interrupt:
+        return run.execute(interrupt)
+
+
+class Interrupt:
+    """Ctrl-C: the first one asks the run to save and return, the second one is a KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Interrupt]:
+    """Take SIGINT and SIGTERM while a run lasts.
+
+    Ray Train installs a handler of its own only where ``fit`` runs in the main thread; ours runs it in another.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """The processes of one run."""
+
+    def __init__(self, setup: Setup, shares: Shares, watch: Watch, seconds: dict[str, float]) -> None:
+        self.setup, self.shares, self.watch, self.seconds = setup, shares, watch, seconds
+        self.seen_messages = 0
+        self.teacher_status: dict[str, Any] = {}
+        self.run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote(setup.plan.folder)
+        self.board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote()
+        self.teachers: list[Any] = []
+        self.bank: Any = None
+        self.evaluator: Any = None
+
+    def execute(self, interrupt: Interrupt) -> Outcome:
+        """Train, train the references, score, write the result."""
+        outcome = Outcome(Path(self.setup.plan.folder), seconds=self.seconds)
+        try:
+            self._start_actors()
+            student = self._train(interrupt)
+            self._retire_teachers()
+            if student["stopped"]:
+                outcome.stopped = True
+                return outcome
+            references = self._train_references(interrupt)
+            if references is None:
+                outcome.stopped = True
+                return outcome
+            scores = self._score(references)
+            outcome.results = assemble(self.setup, scores, student, self.teacher_status, self.seconds)
+            write_json(outcome.folder / "results.json", outcome.results)
+        finally:
+            self._end()
+        return outcome
+
+    def _start_actors(self) -> None:
+        """Everything but the students; nothing is waited for, so that processes start side by side."""
+        setup, plan = self.setup, self.setup.plan
+        labels = setup.labels
+        reader = ray.put(setup.target_reader)
+        if labels:
+            teacher = ray.remote(Teacher).options(
+                max_restarts=-1, max_task_retries=0, **actor_options(self.shares.teacher)
+            )
+            self.teachers = [
+                teacher.remote(plan.network, reader, labels, plan.seed, self.board, setup.options.threads)
+                for _ in range(setup.options.teachers)
+            ]
+            bank = ray.remote(LabelBank).options(num_cpus=0, max_restarts=-1, max_concurrency=64, resources=HEAD)
+            self.bank = bank.remote(
+                labels,
+                len(setup.domains.target),
+                setup.label_rows(),
+                self.teachers,
+                self.board,
+                folder=f"{plan.folder}/labels",
+            )
+        evaluator = ray.remote(Evaluator).options(max_restarts=-1, **actor_options(self.shares.evaluator))
+        self.evaluator = evaluator.remote(setup.make_scorer(), reader, self.run_log, setup.options.threads)
+
+    def _train(self, interrupt: Interrupt) -> dict[str, Any]:
+        """The students, in a thread of their own; this one watches."""
+        setup = self.setup
+        began = time.monotonic()
+        self._reopen_round()
+        handles = Handles(self.board, self.bank, self.evaluator, self.run_log, setup.label_rows())
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config={"plan": setup.plan, "handles": handles, "threads": setup.options.threads},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=setup.options.students,
+                use_gpu=self.shares.on_gpu,
+                resources_per_worker=self.shares.student,
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{time.time_ns()}",
+                storage_path=f"{setup.plan.folder}/train",
+                failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=2),
+            ),
+        )
+        self.watch("phase", {"name": "adapt", "text": "adapting", "steps": setup.plan.total_steps})
+        result = self._watched(trainer.fit, interrupt)
+        self.seconds["adapt"] = time.monotonic() - began
+        value: dict[str, Any] = result.return_value
+        return value
+
+    def _watched(self, work: Callable[[], Any], interrupt: Interrupt) -> Any:
+        """Run something in a thread, pass on what the log hears meanwhile, and the user's wish to stop."""
+        box: dict[str, Any] = {}
+
+        def target() -> None:
+            try:
+                box["value"] = work()
+            except BaseException as error:  # handed to the watching thread
+                box["error"] = error
+
+        thread = threading.Thread(target=target, name="work", daemon=True)
+        thread.start()
+        asked = False
+        while thread.is_alive():
+            thread.join(WATCH_SECONDS)
+            if interrupt.asked and not asked:
+                asked = True
+                self.watch("message", {"text": "stopping: saving a checkpoint (Ctrl-C again to abort)"})
+                self.run_log.request_stop.remote()
+            self._look()
+        if "error" in box:
+            raise _readable(box["error"]) from box["error"]
+        return box["value"]
+
+    def _look(self) -> None:
+        """One glance at the log and the bank; a board that is just restarting is asked again next time."""
+        try:
+            seen = ray.get(self.run_log.watch.remote(self.seen_messages), timeout=5)
+            if self.bank is not None:
+                status = ray.get(self.bank.status.remote(), timeout=5)
+                if status:
+                    self._tell_failures(status)
+                    self.teacher_status = status
+        except ray.exceptions.RayError:
+            return
+        for text in seen["messages"]:
+            self.watch("message", {"text": text})
+        self.seen_messages += len(seen["messages"])
+        self.watch("progress", {**seen["newest"], "teachers": self.teacher_status})
+
+    def _tell_failures(self, status: dict[str, Any]) -> None:
+        failed = status["teacher_failures"] - self.teacher_status.get("teacher_failures", 0)
+        if failed > 0:
+            self.run_log.say.remote(f"{failed} label calls failed with their teacher; they are made again")
+        if status["blocks_collapsed"] > self.teacher_status.get("blocks_collapsed", 0):
+            self.run_log.say.remote(
+                "the classes of new labels collapsed: those weights label no more, the last good labels stay"
+            )
+        shown = {k: v for k, v in status.items() if k not in ("skipped", "class_shares")}
+        if status.get("labels_made") != self.teacher_status.get("labels_made"):
+            self.run_log.write.remote("teachers", 0, {**shown, "class_shares": status["class_shares"]})
+
+    def _reopen_round(self) -> None:
+        """Give the bank back the finished round of ``refresh="once"`` that the newest checkpoint names."""
+        state = CheckpointStore(f"{self.setup.plan.folder}/checkpoints").newest()
+        if state is None or self.bank is None:
+            return
+        index, stage = state.get("bank", {}), state["stage"]
+        path = index.get("round_file")
+        if index.get("stage") == stage and path:
+            version = sum(plan.steps for plan in self.setup.plan.stages[:stage])
+            ray.get(self.bank.reopen.remote(stage, version, path))
+        elif index.get("stage") == stage:
+            text = f"labels are made again after the resume ({index.get('images', 0)} had been made)"
+            self.watch("message", {"text": text})
+
+    def _retire_teachers(self) -> None:
+        for actor in [*self.teachers, *([self.bank] if self.bank is not None else [])]:
+            ray.kill(actor)
+        self.bank = None
+
+    def _train_references(self, interrupt: Interrupt) -> dict[str, Any] | None:
+        """Source-only and oracle, side by side; None when the user stopped them."""
+        plans = self.setup.references
+        if not plans:
+            return {}
+        began = time.monotonic()
+        self.watch("phase", {"name": "references", "text": "training " + " and ".join(plans), "steps": self.setup.plan.total_steps})
+        task = ray.remote(train_alone).options(max_retries=1, **actor_options(self.shares.student))
+        handles = Handles(run_log=self.run_log)
+        references = {
+            name: task.remote(plan, handles, self.setup.options.threads, name) for name, plan in plans.items()
+        }
+        done = self._watched(lambda: ray.get(list(references.values())), interrupt)
+        self.seconds["references"] = time.monotonic() - began
+        if any(item["stopped"] for item in done):
+            return None
+        return {name: item["weights"] for name, item in zip(references, done, strict=True)}
+
+    def _score(self, references: dict[str, Any]) -> dict[str, Any]:
+        """The table's rows: the last step counts."""
+        began = time.monotonic()
+        self.watch("phase", {"name": "score", "text": "scoring"})
+        state = CheckpointStore(f"{self.setup.plan.folder}/checkpoints").newest()
+        assert state is not None
+        adapted = {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
+        jobs = {"adapted": self.evaluator.score_weights.remote(adapted)}
+        for name, weights in references.items():
+            jobs[name] = self.evaluator.score_weights.remote(weights)
+        if "source_only" in references:
+            jobs["adabn"] = self.evaluator.adabn.remote(references["source_only"])
+        scores = {name: ray.get(job) for name, job in jobs.items()}
+        self.seconds["score"] = time.monotonic() - began
+        return scores
+
+    def _end(self) -> None:
+        for actor in [*self.teachers, self.bank, self.evaluator, self.board, self.run_log]:
+            if actor is not None:
+                ray.kill(actor)
+
+
+def _readable(error: BaseException) -> BaseException:
+    """The RunError inside whatever Ray wrapped round it, or the error itself."""
+    seen: list[BaseException] = []
+    queue: list[BaseException | None] = [error]
+    while queue:
+        item = queue.pop(0)
+        if item is None or item in seen:
+            continue
+        seen.append(item)
+        if isinstance(item, RunError):
+            return item
+        failures = getattr(item, "worker_failures", {})
+        queue += [item.__cause__, item.__context__, getattr(item, "cause", None), *failures.values()]
+    return error

@@ -1,0 +1,109 @@
+"""Label rules: what a teacher does with a network and target images, and what a reader does with the record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.protocols import Labelled
+from actors.records import RecordLayout
+from models.networks.deeplab import DeepLab
+from models.selection import apply_thresholds, confidence_histogram, percentile_thresholds
+from models.uncertainty import UncertaintyRule, draw_masks, monte_carlo_labels, trunk_views
+from pipelines.views import network_input
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MonteCarloRule:
+    """Monte-Carlo dropout over test-time views (methods §4.1); the EPLC generator.
+
+    Attributes:
+        num_classes: C.
+        sizes: image sizes (width, height); each is seen plain and mirrored.
+        label_size: (width, height) of the label.
+        passes: dropout passes; the trunk runs once per view whatever their number.
+        dropout: channel dropout rate of the passes.
+        keep: ``mean``, ``min`` and ``std`` withhold pixels here, at the teacher. ``all`` keeps the winner everywhere
+            and leaves the choice to a :class:`PercentileSelection` at reading.
+        threshold, max_std: of the three fixed rules.
+    """
+
+    num_classes: int
+    sizes: tuple[Size, ...]
+    label_size: Size
+    passes: int
+    dropout: float
+    keep: Literal["all", "mean", "min", "std"]
+    threshold: float
+    max_std: float
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Label and quantised confidence."""
+        shape = (self.label_size[1], self.label_size[0])
+        return RecordLayout((("label", shape), ("confidence", shape)), self.num_classes)
+
+    @property
+    def view_sizes(self) -> tuple[Size, ...]:
+        """See :class:`actors.protocols.LabelRule`."""
+        return self.sizes
+
+    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+        """See :class:`actors.protocols.LabelRule`."""
+        assert isinstance(network, DeepLab)
+        features = trunk_views(network, [network_input(view) for view in views])
+        masks = draw_masks(
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+            views=len(features),
+            passes=self.passes,
+            channels=network.config.bottleneck_channels,
+            rate=self.dropout,
+            device=views[0].device,
+        )
+        if self.keep == "all":
+            rule = UncertaintyRule("mean", min_confidence=0.0)
+        else:
+            rule = UncertaintyRule(self.keep, min_confidence=self.threshold, max_std=self.max_std)
+        made = monte_carlo_labels(network, features, masks, (self.label_size[1], self.label_size[0]), rule)
+        labels, winners = made.label.cpu().numpy(), made.argmax.cpu().numpy()
+        confidences = made.quantised().cpu().numpy()
+        return [
+            Labelled(
+                {"label": label, "confidence": confidence},
+                np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
+                confidence_histogram(winner, confidence, self.num_classes),
+            )
+            for label, winner, confidence in zip(labels, winners, confidences, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class PercentileSelection:
+    """Keeps the most confident share of every class over the whole target set, and whatever is sure anyway.
+
+    Attributes:
+        keep_share: share of each class's pixels that is kept, in (0, 1].
+        sure: probability above which a pixel is kept whatever its class's share.
+        min_pixels: a class with fewer predicted pixels in all has no percentile worth the name: all are kept.
+    """
+
+    keep_share: float
+    sure: float = 0.9
+    min_pixels: int = 100
+
+    def thresholds(self, histogram: np.ndarray) -> np.ndarray:
+        """See :class:`actors.protocols.Selection`."""
+        return percentile_thresholds(
+            histogram, self.keep_share, min_pixels=self.min_pixels, cap=round(255 * self.sure)
+        )
+
+    def apply(self, record: Mapping[str, np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+        """See :class:`actors.protocols.Selection`."""
+        return apply_thresholds(record["label"], record["confidence"], thresholds)

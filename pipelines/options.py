@@ -1,0 +1,117 @@
+"""The options of a run. The sentence under a field is its help text, and the resolved tree is the run's config.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from actors.errors import RunError
+from pipelines.recipes.eplc import EplcOptions
+from pipelines.recipes.mrnet import MrnetOptions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
+
+    benchmark: str = "synthia2city"
+    """Which pair of domains: gta2city, synthia2city or city2robot."""
+    recipe: str = "eplc"
+    """Which system adapts: eplc or mrnet."""
+    data_root: str | None = None
+    """Folder with the real datasets. Without it the benchmark runs on its rendered miniature."""
+    preset: Literal["auto", "full", "mini", "tiny"] = "auto"
+    """Schedule and size. auto: full on real data, mini on the miniature."""
+    steps: int | None = None
+    """Total optimiser steps, instead of the preset's; every stage keeps its share."""
+    seed: int = 0
+    """Decides initialisation, sample order, augmentation and dropout."""
+    faithful: bool = False
+    """Behave as the published system where the default departs from it."""
+    refresh: Literal["continuous", "once"] = "continuous"
+    """continuous: teachers re-label without end. once: one round of labels before self-training, as published."""
+    students: int = 1
+    """Student processes; they share every batch."""
+    teachers: int = 1
+    """Teacher processes."""
+    threads: int = 1
+    """CPU threads of each student and teacher."""
+    references: bool | None = None
+    """Also train source-only and oracle, as long as the adapted network. Default: on the miniature only."""
+    name: str | None = None
+    """Name of the run directory. Default: benchmark, recipe, seed and the time of day."""
+    runs: str = "runs"
+    """Folder of all run directories."""
+    data: str = "data"
+    """Folder for rendered miniatures and decoded images."""
+    cache: bool = True
+    """Keep decoded images in the data folder (about 3 MB each at full size)."""
+    address: str | None = None
+    """Ray cluster to use, for example auto. Default: start one on this machine."""
+    dashboard: bool = True
+    """Serve the Ray dashboard on 127.0.0.1 while running."""
+    eplc: EplcOptions = field(default_factory=EplcOptions)
+    """Options of the recipe eplc."""
+    mrnet: MrnetOptions = field(default_factory=MrnetOptions)
+    """Options of the recipe mrnet."""
+
+    def __post_init__(self) -> None:
+        for name in ("students", "teachers", "threads"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name} is {getattr(self, name)}; a run needs at least one")
+        if self.seed < 0:
+            raise RunError(f"--seed is {self.seed}; give a number that is not negative")
+
+    @property
+    def resolved_preset(self) -> str:
+        """The preset that auto stands for."""
+        if self.preset != "auto":
+            return self.preset
+        return "mini" if self.data_root is None else "full"
+
+    def folder(self) -> Path:
+        """The run directory, absolute.
+
+        Raises:
+            RunError: the options name no run yet.
+        """
+        if self.name is None:
+            raise RunError("this run has no name yet")
+        return Path(self.runs).absolute() / self.name
+
+
+def write_config(options: AdaptOptions) -> None:
+    """Write the resolved options beside the run."""
+    path = options.folder() / "config.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
+    path.write_bytes(tomli_w.dumps(plain).encode())
+
+
+def read_config(folder: str | Path) -> AdaptOptions:
+    """Options of an existing run.
+
+    Raises:
+        RunError: the folder is no run, or its config has an option that this version does not know.
+    """
+    folder = Path(folder).absolute()
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise RunError(f"{folder} is no run directory: it has no config.toml. Give a folder that a run printed.")
+    try:
+        plain: dict[str, Any] = tomllib.loads(path.read_text())
+        nested = {"eplc": EplcOptions(**plain.pop("eplc", {})), "mrnet": MrnetOptions(**plain.pop("mrnet", {}))}
+        options = AdaptOptions(**plain, **nested)
+    except (TypeError, tomllib.TOMLDecodeError) as error:
+        raise RunError(f"{path} cannot be read by this version: {error}") from error
+    return dataclasses.replace(options, runs=str(folder.parent), name=folder.name)

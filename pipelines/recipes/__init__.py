@@ -1,0 +1,20 @@
+"""The recipes: published systems as stages on one engine."""
+
+from __future__ import annotations
+
+from actors.errors import RunError
+from pipelines.recipes import eplc, mrnet
+from pipelines.recipes.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (eplc.RECIPE, mrnet.RECIPE)}
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        RunError: there is none; the known ones are listed.
+    """
+    if name not in RECIPES:
+        raise RunError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
+    return RECIPES[name]

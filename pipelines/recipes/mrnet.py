@@ -1,0 +1,165 @@
+"""MRNet, stage I: adversarial alignment with memory regularisation (methods §3.1; Zheng & Yang, IJCAI 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
+from models.losses import discriminator_loss, generator_loss, memory_regularisation
+from models.networks.deeplab import Logits, fused, upsample_logits
+from models.networks.discriminators import MultiScaleDiscriminator
+from models.schedule import poly
+from pipelines.recipes.optimisation import Rate, Sgd
+from pipelines.recipes.recipe import Ingredients, Recipe
+from pipelines.recipes.supervised import SegmentationTerm, training_view
+from pipelines.views import RandomCrop
+
+SOURCE_CROP_VALUES = 10
+"""A source crop is drawn again until its label shows more than this many distinct values (methods §2.4)."""
+MEMORY_FROM = 15_000 / 25_000
+"""Share of stage I after which memory regularisation sets in: iteration 15 000 of 25 000 (Q-MR-4)."""
+
+
+@dataclass(frozen=True)
+class MrnetOptions:
+    """What decides stage I beyond schedule and size; the defaults are those of the published runs."""
+
+    adversarial_aux: float = 2e-4
+    """Weight of the generator loss on the auxiliary head."""
+    adversarial_main: float = 1e-3
+    """Weight of the generator loss on the primary head."""
+    memory: float = 0.1
+    """Weight of memory regularisation."""
+    gradient_penalty: float = 0.01
+    """Weight of the discriminators' penalty on real inputs."""
+    discriminator_rate: float = 1e-4
+    """Learning rate of the discriminators' Adam."""
+    dropout: float = 0.1
+    """Channel dropout rate of the student."""
+
+
+class AlignmentObjective:
+    """Supervised source loss, generator loss and memory regularisation; owns both discriminators."""
+
+    def __init__(
+        self,
+        term: SegmentationTerm,
+        crop: tuple[int, int],
+        options: MrnetOptions,
+        discriminator_width: int,
+        horizon: int,
+        context: ObjectiveContext,
+    ) -> None:
+        self.term, self.options, self.horizon, self.context = term, options, horizon, context
+        self.balance = term.balance(crop).to(context.device)
+        self.discriminators = nn.ModuleDict(
+            {
+                head: MultiScaleDiscriminator(term.num_classes, width=discriminator_width)
+                for head in ("aux", "main")
+            }
+        ).to(context.device)
+        self.optimiser = torch.optim.Adam(
+            self.discriminators.parameters(), lr=options.discriminator_rate, betas=(0.9, 0.99)
+        )
+        self._real: Tensor | None = None
+        self._fake: dict[str, Tensor] = {}
+
+    def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
+        """See :class:`actors.protocols.Objective`; steps 1 to 8 of methods §3.1."""
+        assert batch.source is not None
+        assert batch.source_label is not None
+        assert batch.target is not None
+        size = (batch.source.shape[-2], batch.source.shape[-1])
+        source = network(batch.source)
+        segmentation = self.term.of_logits(source, batch.source_label, self.balance)
+        target = upsample_logits(network(batch.target), size)
+        terms = {"loss/segmentation": segmentation}
+        heads = {"aux": (target.aux, self.options.adversarial_aux), "main": (target.main, self.options.adversarial_main)}
+        self._real = fused(upsample_logits(_detached(source), size)).softmax(1)
+        self.discriminators.requires_grad_(False)
+        for name, (logits, weight) in heads.items():
+            probabilities = logits.softmax(1)
+            self._fake[name] = probabilities.detach()
+            terms[f"loss/adversarial_{name}"] = weight * generator_loss(self.discriminators[name](probabilities))
+        memory = memory_regularisation(target)
+        active = float(info.stage_step >= MEMORY_FROM * info.stage_steps)
+        terms["loss/memory"] = self.options.memory * active * memory
+        return terms
+
+    def learn(self, info: StepInfo) -> dict[str, Tensor]:
+        """Step 9 of methods §3.1: both discriminators, one backward pass."""
+        assert self._real is not None
+        self.discriminators.requires_grad_(True)
+        losses = {
+            name: discriminator_loss(
+                self.discriminators[name], fake, self._real, penalty_weight=self.options.gradient_penalty
+            ).total
+            for name, fake in self._fake.items()
+        }
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.options.discriminator_rate * poly(info.stage_step, horizon=self.horizon)
+        self.optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()
+        self.context.average_gradients(list(self.discriminators.parameters()))
+        self.optimiser.step()
+        return {f"discriminator/{name}": value.detach() for name, value in losses.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running class weights, discriminators and their optimiser."""
+        return {
+            "balance": self.balance.state_dict(),
+            "discriminators": self.discriminators.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.balance.load_state_dict(state["balance"])
+        self.discriminators.load_state_dict(state["discriminators"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePlan:
+    """Stage I of MRNet, which is also stage I of EPLC."""
+    preset, schedule = ingredients.preset, ingredients.preset.stages[0]
+    source_view = training_view(ingredients, schedule, more_than_values=SOURCE_CROP_VALUES)
+    target_view = RandomCrop(ingredients.seed + 1, schedule.crop, jitter=(1.0, 1.0), flip=0.0)
+    return StagePlan(
+        name="alignment",
+        steps=schedule.steps,
+        batch=schedule.batch,
+        streams={
+            "source": ingredients.source(schedule.source_size, source_view),
+            "target": ingredients.target(schedule.target_size, target_view),
+        },
+        objective=partial(
+            AlignmentObjective,
+            SegmentationTerm(ingredients.num_classes),
+            schedule.crop,
+            options,
+            preset.discriminator_width,
+            schedule.horizon,
+        ),
+        optimiser=Sgd(train_norm_affine=False),
+        learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
+        ema_decay=None if ingredients.faithful else preset.ema_decay,
+        statistics="running" if ingredients.faithful else "target",
+        dropout=options.dropout,
+    )
+
+
+def _detached(logits: Logits) -> Logits:
+    return Logits(logits.aux.detach(), logits.main.detach())
+
+
+RECIPE = Recipe(
+    name="mrnet",
+    summary="stage I of MRNet: adversarial alignment and memory regularisation",
+    stages=lambda ingredients, options: (alignment_stage(ingredients, options),),
+)

@@ -1,0 +1,58 @@
+"""The optimiser and the learning rate of the published runs (methods §2.6), as picklable factories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from models.networks.deeplab import DeepLab, parameter_groups
+from models.schedule import warmup_poly
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """SGD with Nesterov momentum, heads ×10, residual blocks ×3 and projections ×4 (Q-SH-1).
+
+    Attributes:
+        train_norm_affine: whether the backbone's batch-norm affine parameters learn (stage II) or not (stage I).
+        duplicates: ``published`` multiplies block and projection rates as the published runs did by accident,
+            ``once`` does not.
+        momentum, weight_decay: of SGD.
+    """
+
+    train_norm_affine: bool
+    duplicates: Literal["published", "once"] = "published"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser of a network; the student sets every group's rate before each step."""
+        assert isinstance(network, DeepLab)
+        groups = parameter_groups(
+            network, lr=1.0, duplicates=self.duplicates, train_norm_affine=self.train_norm_affine
+        )
+        return torch.optim.SGD(
+            groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
+        )
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Warm-up, then polynomial decay.
+
+    Attributes:
+        base: learning rate.
+        warmup: steps of linear warm-up from a tenth of the base rate.
+        horizon: step at which the rate would reach zero.
+    """
+
+    base: float
+    warmup: int
+    horizon: int
+
+    def __call__(self, step: int) -> float:
+        """Learning rate at a stage step."""
+        return self.base * warmup_poly(step, warmup=self.warmup, horizon=self.horizon)

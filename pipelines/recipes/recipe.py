@@ -1,0 +1,255 @@
+"""What a recipe is, and the presets of schedule and size on which every recipe runs.
+
+A preset holds nothing but schedule and size; thresholds, loss weights and rates of dropout are the recipe's own and
+are the same on the miniature as at full size. Pixel counts scale with the crop's area.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from actors.errors import RunError
+from actors.protocols import StagePlan, Stream, View
+from models.networks.deeplab import DeepLabConfig
+
+if TYPE_CHECKING:
+    from pipelines.benchmarks import Benchmark
+
+Size = tuple[int, int]
+PUBLISHED_CROP = (1024, 512)
+"""Crop for which the published pixel counts (4 096 pixels make a class large) were chosen."""
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """Schedule and size of one stage.
+
+    Attributes:
+        steps: optimiser steps that are run.
+        horizon: steps at which the learning rate would reach zero.
+        warmup: steps of linear warm-up.
+        learning_rate: base rate of the segmentation network.
+        batch: samples of each domain.
+        source_size, target_size: base sizes (width, height) before jitter and crop.
+        crop: network input in training.
+    """
+
+    steps: int
+    horizon: int
+    warmup: int
+    learning_rate: float
+    batch: int
+    source_size: Size
+    target_size: Size
+    crop: Size
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Schedule and size of a run, for one benchmark.
+
+    Attributes:
+        name: ``full``, ``mini`` or ``tiny``.
+        network: the segmentation network.
+        discriminator_width: channels of the discriminators' first layers.
+        stages: schedules of stage I (alignment) and stage II (self-training).
+        label_size: (width, height) of pseudo labels.
+        label_views: image sizes that a teacher looks at, each plain and mirrored.
+        score_views: image sizes that are fused when a network is scored.
+        score_mirrored: whether every scored view is also mirrored.
+        jitter: bounds of the scale jitter.
+        ema_decay: of the teaching average.
+        publish_every, evaluate_every, checkpoint_every: steps.
+    """
+
+    name: str
+    network: DeepLabConfig
+    discriminator_width: int
+    stages: tuple[StageSchedule, StageSchedule]
+    label_size: Size
+    label_views: tuple[Size, ...]
+    score_views: tuple[Size, ...]
+    score_mirrored: bool
+    jitter: tuple[float, float]
+    ema_decay: float
+    publish_every: int
+    evaluate_every: int
+    checkpoint_every: int
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both stages: what the reference runs get, too."""
+        return sum(stage.steps for stage in self.stages)
+
+    def with_steps(self, total: int) -> Preset:
+        """The same preset at another length; every part of the schedule keeps its share."""
+        factor = total / self.total_steps
+        first = max(1, round(self.stages[0].steps * factor))
+        if total < 2:
+            raise RunError(f"--steps {total} leaves no step for one of the two stages; give at least 2")
+
+        def stretched(stage: StageSchedule, steps: int) -> StageSchedule:
+            return replace(
+                stage,
+                steps=steps,
+                horizon=max(steps, round(stage.horizon * factor)),
+                warmup=round(stage.warmup * factor),
+            )
+
+        return replace(self, stages=(stretched(self.stages[0], first), stretched(self.stages[1], total - first)))
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a pipeline hands a recipe to build its stages from.
+
+    Attributes:
+        preset: schedule and size.
+        num_classes: outputs of the network.
+        seed: of the run.
+        faithful: reproduce the published behaviour where the default differs.
+        refresh: ``once`` or ``continuous``.
+        source: opens the labelled source stream at a base size with a view.
+        target: opens the unlabelled target stream.
+        target_labelled: opens the labelled target stream; only the oracle may, and None on data without labels.
+    """
+
+    preset: Preset
+    num_classes: int
+    seed: int
+    faithful: bool
+    refresh: str
+    source: Callable[[Size, View], Stream]
+    target: Callable[[Size, View], Stream]
+    target_labelled: Callable[[Size, View], Stream] | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A published system, or one of ours, as stages on the engine.
+
+    Attributes:
+        name: what ``--recipe`` takes.
+        summary: one line for ``--help``.
+        stages: builds the stages from the ingredients and the recipe's own options.
+    """
+
+    name: str
+    summary: str
+    stages: Callable[[Ingredients, Any], tuple[StagePlan, ...]]
+
+
+def preset(name: str, benchmark: Benchmark) -> Preset:
+    """The preset of a name for a benchmark.
+
+    Raises:
+        RunError: there is no such preset.
+    """
+    makers = {"full": _full, "mini": _mini, "tiny": _tiny}
+    if name not in makers:
+        raise RunError(f"there is no preset {name!r}; known are {', '.join(sorted(makers))}")
+    return makers[name](benchmark)
+
+
+def _full(benchmark: Benchmark) -> Preset:
+    """The published schedule and sizes (methods §2.4, §2.6, §3)."""
+    robot = benchmark.name == "city2robot"
+    second = (1280, 960) if robot else (1280, 720) if benchmark.name == "synthia2city" else (1280, 640)
+    return Preset(
+        name="full",
+        network=DeepLabConfig(num_classes=len(benchmark.classes.names)),
+        discriminator_width=32,
+        stages=(
+            StageSchedule(
+                steps=25_000,
+                horizon=100_000,
+                warmup=5_000,
+                learning_rate=2e-4,
+                batch=2,
+                source_size=(1280, 720),
+                target_size=(1280, 960) if robot else (1024, 512),
+                crop=(1024, 512),
+            ),
+            StageSchedule(
+                steps=50_000,
+                horizon=100_000,
+                warmup=5_000,
+                learning_rate=1e-4,
+                batch=9,
+                source_size=(1280, 720),
+                target_size=second,
+                crop=(512, 256),
+            ),
+        ),
+        label_size=(1280, 960) if robot else (1024, 512),
+        label_views=((1280, 960), (1600, 1200)) if robot else ((1024, 512), (1280, 640)),
+        score_views=((1280, 960), (1024, 768)) if robot else ((1024, 512), (1280, 640)),
+        score_mirrored=True,
+        jitter=(0.8, 1.2),
+        ema_decay=0.999,
+        publish_every=200,
+        evaluate_every=5_000,
+        checkpoint_every=1_000,
+    )
+
+
+def _mini(benchmark: Benchmark) -> Preset:
+    """Schedule and size of the rendered miniature: the demo on two cores."""
+    target = (256, 192) if benchmark.name == "city2robot" else (320, 160)
+    common = {"batch": 4, "source_size": (320, 180), "target_size": target, "crop": (192, 96)}
+    return Preset(
+        name="mini",
+        network=DeepLabConfig.small(len(benchmark.classes.names)),
+        discriminator_width=4,
+        stages=(
+            StageSchedule(steps=400, horizon=1600, warmup=40, learning_rate=2.5e-3, **common),
+            StageSchedule(steps=800, horizon=1000, warmup=20, learning_rate=2e-3, **common),
+        ),
+        label_size=(256, 192) if benchmark.name == "city2robot" else (256, 128),
+        label_views=(target, _scaled(target, 1.25)),
+        score_views=(target,),
+        score_mirrored=False,
+        jitter=(0.8, 1.2),
+        ema_decay=0.98,
+        publish_every=25,
+        evaluate_every=100,
+        checkpoint_every=100,
+    )
+
+
+def _tiny(benchmark: Benchmark) -> Preset:
+    """Seconds: for tests of the whole engine. Its scores mean nothing."""
+    target = (96, 72) if benchmark.name == "city2robot" else (128, 64)
+    common = {"batch": 2, "source_size": (128, 72), "target_size": target, "crop": (64, 48)}
+    small = DeepLabConfig(
+        num_classes=len(benchmark.classes.names),
+        layers=(1, 1, 1, 1),
+        width=4,
+        branch_channels=8,
+        bottleneck_channels=16,
+        groups=4,
+    )
+    return Preset(
+        name="tiny",
+        network=small,
+        discriminator_width=2,
+        stages=(
+            StageSchedule(steps=20, horizon=80, warmup=4, learning_rate=2e-3, **common),
+            StageSchedule(steps=20, horizon=80, warmup=4, learning_rate=2e-3, **common),
+        ),
+        label_size=target,
+        label_views=(target, _scaled(target, 1.25)),
+        score_views=(target,),
+        score_mirrored=False,
+        jitter=(0.8, 1.2),
+        ema_decay=0.9,
+        publish_every=5,
+        evaluate_every=0,
+        checkpoint_every=10,
+    )
+
+
+def _scaled(size: Size, factor: float) -> Size:
+    return round(size[0] * factor), round(size[1] * factor)

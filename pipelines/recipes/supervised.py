@@ -1,0 +1,119 @@
+"""The runs that involve no adaptation: source-only and oracle. They measure the gap that a recipe may close."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
+from models.losses import ClassBalance, segmentation_loss
+from models.networks.deeplab import AUX_WEIGHT, Logits, upsample_logits
+from pipelines.recipes.optimisation import Rate, Sgd
+from pipelines.recipes.recipe import PUBLISHED_CROP, Ingredients, StageSchedule
+from pipelines.views import RandomCrop
+
+
+@dataclass(frozen=True)
+class SegmentationTerm:
+    """MRNet's supervised loss (methods §3.1, steps 1 to 3): class balance, hard pixels, both heads.
+
+    Attributes:
+        num_classes: C.
+        hard_percentile: pixels whose loss stays below this percentile are left out.
+        max_value: weight of small and absent classes.
+        small_class_pixels: a class with fewer pixels in an image of :data:`PUBLISHED_CROP` is small.
+    """
+
+    num_classes: int
+    hard_percentile: float = 80.0
+    max_value: float = 7.0
+    small_class_pixels: int = 4096
+
+    def balance(self, crop: tuple[int, int]) -> ClassBalance:
+        """Running class weights for crops of a size; the pixel count scales with the area."""
+        area = crop[0] * crop[1] / (PUBLISHED_CROP[0] * PUBLISHED_CROP[1])
+        pixels = max(1, round(self.small_class_pixels * area))
+        return ClassBalance(self.num_classes, small_class_pixels=pixels, max_value=self.max_value)
+
+    def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, balance: ClassBalance) -> Tensor:
+        """L_P + ½ L_A of a labelled batch; images N×3×h×w, labels int64 N×h×w."""
+        return self.of_logits(network(images), labels, balance)
+
+    def of_logits(self, logits: Logits, labels: Tensor, balance: ClassBalance) -> Tensor:
+        """The same for logits at network resolution."""
+        weights = balance(labels)
+        logits = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
+        main = segmentation_loss(logits.main, labels, weights, hard_percentile=self.hard_percentile)
+        aux = segmentation_loss(logits.aux, labels, weights, hard_percentile=self.hard_percentile)
+        return main + AUX_WEIGHT * aux
+
+
+class SupervisedObjective:
+    """The supervised term alone, on whichever labelled stream the stage has."""
+
+    def __init__(self, term: SegmentationTerm, crop: tuple[int, int], context: ObjectiveContext) -> None:
+        self.term = term
+        self.balance = term.balance(crop).to(context.device)
+
+    def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
+        """See :class:`actors.protocols.Objective`."""
+        if batch.source is not None and batch.source_label is not None:
+            images, labels = batch.source, batch.source_label
+        else:
+            assert batch.target is not None
+            assert batch.pseudo_label is not None
+            images, labels = batch.target, batch.pseudo_label
+        return {"loss/segmentation": self.term(network, images, labels, self.balance)}
+
+    def learn(self, info: StepInfo) -> dict[str, Tensor]:
+        """Nothing of its own learns."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running class weights."""
+        return {"balance": self.balance.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.balance.load_state_dict(state["balance"])
+
+
+def training_view(ingredients: Ingredients, schedule: StageSchedule, *, more_than_values: int = 0) -> RandomCrop:
+    """Jitter, crop and mirror at a stage's size."""
+    return RandomCrop(
+        ingredients.seed, schedule.crop, jitter=ingredients.preset.jitter, more_than_values=more_than_values
+    )
+
+
+def reference_stages(ingredients: Ingredients, domain: str, total: int) -> tuple[StagePlan, ...]:
+    """One supervised stage as long as all stages of the adapted run, with its batch.
+
+    Args:
+        ingredients: as for every recipe.
+        domain: ``source``, or ``target`` for the oracle, which alone may see target labels.
+        total: steps of the adapted run.
+    """
+    schedule = ingredients.preset.stages[0]
+    view = training_view(ingredients, schedule)
+    if domain == "source":
+        streams = {"source": ingredients.source(schedule.source_size, view)}
+    else:
+        assert ingredients.target_labelled is not None
+        streams = {"target": ingredients.target_labelled(schedule.target_size, view)}
+    term = SegmentationTerm(ingredients.num_classes)
+    return (
+        StagePlan(
+            name="source-only" if domain == "source" else "oracle",
+            steps=total,
+            batch=schedule.batch,
+            streams=streams,
+            objective=partial(SupervisedObjective, term, schedule.crop),
+            optimiser=Sgd(train_norm_affine=True),
+            learning_rate=Rate(schedule.learning_rate, schedule.warmup, round(1.25 * total)),
+        ),
+    )
+
+

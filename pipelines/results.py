@@ -1,0 +1,90 @@
+"""``results.json``: the machine-readable result, and the numbers of the final table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from models.scores import gap_closed
+from pipelines.setup import Setup
+
+ROWS = ("source_only", "adabn", "adapted", "oracle")
+
+
+def assemble(
+    setup: Setup,
+    scores: dict[str, Any],
+    student: dict[str, Any],
+    teachers: dict[str, Any],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Build the result.
+
+    Args:
+        setup: the run.
+        scores: by row of the table; rows that were not run are missing.
+        student: summary of the lead student.
+        teachers: last status of the label bank.
+        seconds: wall-clock seconds by phase.
+    """
+    protocol = setup.benchmark.primary_protocol
+    width, height = setup.domains.validation.label(0).shape[::-1]
+    source, oracle = scores.get("source_only"), scores.get("oracle")
+    return {
+        "benchmark": setup.options.benchmark,
+        "recipe": setup.options.recipe,
+        "data": setup.data,
+        "protocol": {
+            "classes": len(setup.benchmark.protocols[protocol]),
+            "label_size": [width, height],
+            "network": "ema" if setup.plan.stages[-1].ema_decay is not None else "student",
+            "views": [[*view, mirrored] for view in setup.preset.score_views for mirrored in _mirrored(setup)],
+        },
+        "class_names": list(setup.benchmark.classes.names),
+        "scores": {row: scores.get(row) for row in ROWS},
+        "gap_closed": None
+        if source is None
+        else gap_closed(scores["adapted"]["miou"], source["miou"], None if oracle is None else oracle["miou"]),
+        "steps": setup.plan.total_steps,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "student": {key: student[key] for key in ("images_per_s", "wait_share", "data_wait_share")},
+        "labels": {"read": student["labels_read"], "missing": student["labels_missing"]},
+        "teachers": {
+            key: teachers.get(key) for key in ("images_per_s", "idle_share", "labels_made", "teacher_failures")
+        },
+        "label_age_steps": student["label_age_steps"],
+        "skipped": student["skipped"],
+        "seed": setup.options.seed,
+        "versions": versions(),
+    }
+
+
+def _mirrored(setup: Setup) -> list[bool]:
+    return [False, True] if setup.preset.score_mirrored else [False]
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": ray.__version__,
+        "numpy": np.__version__,
+        "pyarrow": pa.__version__,
+        "cores": str(os.cpu_count()),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by rename: complete or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.rename(path)

@@ -1,0 +1,367 @@
+"""From files to batches: an endless sample sequence whose whole state is one integer.
+
+The image at a position is a pure function of (seed, position). Every student opens its own share of the positions as
+Ray Data segments of bounded length, so the same ids reach the same rank after a kill inside a segment or across its
+edge, and a schedule of published length starts as fast as a short one. Read tasks run in other processes; pixels come
+through the object store.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from actors.errors import RunError, UnreadableImage
+from actors.protocols import RawBatch, View
+from pipelines.datasets.dataset import LabelEncoding, Split, read_image, read_label
+from pipelines.decode_cache import DecodeCache
+
+Size = tuple[int, int]
+BLOCK_BYTES = 8_000_000
+SEGMENT_BLOCKS = 64
+QUEUE_BATCHES = 4
+SPARES = 4
+"""Samples that every block carries to stand in for unreadable ones."""
+
+
+@lru_cache(maxsize=8)
+def _permutation(images: int, seed: int, name: str, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, zlib.crc32(name.encode()), epoch]).permutation(images)
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """A fresh shuffle of all images for every epoch, addressed by position."""
+
+    images: int
+    seed: int
+    name: str
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The image index at each global position, int64; a pure function of (seed, name, position)."""
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.images)
+        result = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            inside = epochs == epoch
+            result[inside] = _permutation(self.images, self.seed, self.name, int(epoch))[offsets[inside]]
+        return result
+
+
+def rank_positions(position: int, steps: int, batch: int, rank: int, world: int) -> np.ndarray:
+    """Positions of one rank's samples, int64 steps × (batch // world); step k takes the k-th global batch.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly.
+    """
+    if batch % world:
+        raise ValueError(f"a batch of {batch} cannot be shared evenly by {world} students")
+    share = batch // world
+    first = position + np.arange(steps, dtype=np.int64)[:, None] * batch + rank * share
+    return first + np.arange(share, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class SplitReader:
+    """Cached access to one split at one size: what read tasks and teachers use."""
+
+    split: Split
+    cache: DecodeCache
+
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """Ids in order."""
+        return self.split.image_ids
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def read(self, index: int, size: Size) -> np.ndarray:
+        """Image, uint8 H×W×3 RGB, at size (width, height)."""
+        return _image(self.cache, self.split.image_paths[index], size)
+
+    def label(self, index: int) -> np.ndarray:
+        """Class map at its own size, uint8 H×W train ids."""
+        return self.split.label(index)
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """Where one sample of a block is read from."""
+
+    position: int
+    index: int
+    image: str
+    label: str | None
+
+
+@dataclass
+class SampleStream:
+    """The samples of one split for students (the :class:`actors.protocols.Stream` of the design).
+
+    Attributes:
+        split: images, with labels or without.
+        size: base size (width, height) to which images and labels are resized when they are decoded.
+        order: which image stands at which position.
+        view: the augmentation, applied on the student's device.
+        cache: the decode cache.
+        read_cpus: what a read task asks Ray for; a fraction, or it waits in silence on a full machine.
+    """
+
+    split: Split
+    size: Size
+    order: SampleOrder
+    view: View
+    cache: DecodeCache
+    read_cpus: float = 0.25
+    segment_blocks: int = SEGMENT_BLOCKS
+    block_rows: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        if not self.block_rows:
+            channels = 4 if self.split.labelled else 3
+            self.block_rows = int(np.clip(BLOCK_BYTES // (self.size[0] * self.size[1] * channels), 1, 32))
+
+    @property
+    def images(self) -> int:
+        """Images in the split."""
+        return len(self.split)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """See :class:`actors.protocols.Stream`."""
+        return self.order.indices(positions)
+
+    def batches(self, position: int, steps: int, batch: int, rank: int, world: int) -> Iterator[RawBatch]:
+        """See :class:`actors.protocols.Stream`. The first segment starts to read when this is called."""
+        positions = rank_positions(position, steps, batch, rank, world).reshape(-1)
+        share = batch // world
+        rows = max(share, self.block_rows // share * share)
+        length = rows * self.segment_blocks
+        segments = [positions[start : start + length] for start in range(0, len(positions), length)]
+        return _Segments(self, segments, rows, share)
+
+    def dataset(self, positions: np.ndarray, rows: int) -> ray.data.Dataset:
+        """The samples at some positions as a Ray Dataset in that order, ``rows`` samples to a block."""
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        blocks = [self._files(positions[start : start + rows]) for start in range(0, len(positions), rows)]
+        source = _BlockSource(blocks, self.size, self.split.label_encoding, self.cache)
+        return ray.data.read_datasource(
+            source, num_cpus=self.read_cpus, override_num_blocks=len(blocks), concurrency=2
+        )
+
+    def _files(self, positions: np.ndarray) -> list[SampleFile]:
+        """Files of a block, its spares behind them."""
+        spares = np.arange(positions[-1] + 1, positions[-1] + 1 + SPARES)
+        wanted = np.concatenate([positions, spares])
+        labels = self.split.label_paths
+        return [
+            SampleFile(int(p), int(i), self.split.image_paths[i], None if labels is None else labels[i])
+            for p, i in zip(wanted, self.indices(wanted), strict=True)
+        ]
+
+
+class _BlockSource(Datasource):
+    """One read task a block. A task carries the files of its block and nothing else, so it stays small."""
+
+    def __init__(
+        self, blocks: list[list[SampleFile]], size: Size, encoding: LabelEncoding | None, cache: DecodeCache
+    ) -> None:
+        super().__init__()
+        self.blocks, self.size, self.encoding, self.cache = blocks, size, encoding, cache
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all blocks."""
+        rows = sum(len(block) - SPARES for block in self.blocks)
+        return rows * self.size[0] * self.size[1] * (3 if self.encoding is None else 4)
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task a block, whatever the parallelism."""
+        size, encoding, cache = self.size, self.encoding, self.cache
+        tasks = []
+        for files in self.blocks:
+            rows = len(files) - SPARES
+            metadata = BlockMetadata(
+                num_rows=rows,
+                size_bytes=rows * size[0] * size[1] * (3 if encoding is None else 4),
+                input_files=None,
+                exec_stats=None,
+            )
+            tasks.append(ReadTask(_Reader(files, size, encoding, cache), metadata))
+        return tasks
+
+
+@dataclass(frozen=True)
+class _Reader:
+    files: list[SampleFile]
+    size: Size
+    encoding: LabelEncoding | None
+    cache: DecodeCache
+
+    def __call__(self) -> Iterator[pa.Table]:
+        yield read_block(self.files, self.size, self.encoding, self.cache)
+
+
+def read_block(
+    files: Sequence[SampleFile], size: Size, encoding: LabelEncoding | None, cache: DecodeCache
+) -> pa.Table:
+    """Decode a block; unreadable samples are replaced by the block's spares and named.
+
+    Args:
+        files: the block's samples, then :data:`SPARES` more.
+        size: (width, height).
+        encoding: of the labels; None reads images only.
+        cache: the decode cache.
+
+    Raises:
+        RunError: more samples of this one block are unreadable than there are spares.
+    """
+    wanted, spares = list(files[:-SPARES]), list(files[-SPARES:])
+    width, height = size
+    images = np.empty((len(wanted), height, width, 3), np.uint8)
+    labels = np.empty((len(wanted), height, width), np.uint8)
+    indices, skipped = [], []
+    for row, file in enumerate(wanted):
+        broken: list[str] = []
+        while True:
+            try:
+                images[row] = _image(cache, file.image, size)
+                if encoding is not None and file.label is not None:
+                    labels[row] = _label(cache, file.label, size, encoding)
+                break
+            except UnreadableImage as error:
+                broken.append(error.path)
+                if not spares:
+                    raise RunError(
+                        f"more than {SPARES} images of one block of {len(wanted)} cannot be read, among them "
+                        f"{', '.join(broken)}. Repair or remove them."
+                    ) from error
+                file = spares.pop(0)
+        indices.append(file.index)
+        skipped.append("\n".join(broken))
+    columns = {
+        "position": pa.array([file.position for file in wanted], pa.int64()),
+        "index": pa.array(indices, pa.int64()),
+        "skipped": pa.array(skipped, pa.string()),
+        "image": _binary(images),
+    }
+    if encoding is not None:
+        columns["label"] = _binary(labels)
+    return pa.table(columns)
+
+
+def _image(cache: DecodeCache, path: str, size: Size) -> np.ndarray:
+    return cache.get(path, size, "image", lambda: read_image(path, size))
+
+
+def _label(cache: DecodeCache, path: str, size: Size, encoding: LabelEncoding) -> np.ndarray:
+    kind = f"{encoding.name}|{encoding.channel}|{zlib.crc32(bytes(encoding.train_ids)):08x}"
+    return cache.get(path, size, kind, lambda: read_label(path, encoding, size))
+
+
+def _binary(rows: np.ndarray) -> pa.Array:
+    data = np.ascontiguousarray(rows).reshape(len(rows), -1)
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(data.shape[1]), len(rows), [None, pa.py_buffer(data.reshape(-1))]
+    )
+
+
+def _collate(table: pa.Table, size: Size) -> RawBatch:
+    """Arrow rows to tensors; pinned where a GPU will take them."""
+    width, height = size
+    rows = table.num_rows
+    images = torch.from_numpy(_pixels(table, "image").reshape(rows, height, width, 3))
+    labels = None
+    if "label" in table.column_names:
+        labels = torch.from_numpy(_pixels(table, "label").reshape(rows, height, width))
+    if torch.cuda.is_available():
+        images = images.pin_memory()
+        labels = None if labels is None else labels.pin_memory()
+    skipped = [path for cell in table.column("skipped").to_pylist() if cell for path in cell.split("\n")]
+    return RawBatch(
+        images,
+        labels,
+        table.column("position").to_numpy(),
+        table.column("index").to_numpy(),
+        tuple(skipped),
+    )
+
+
+def _pixels(table: pa.Table, name: str) -> np.ndarray:
+    """A copy of a pixel column, so that no batch pins its block."""
+    parts = []
+    for chunk in table.column(name).chunks:
+        width = chunk.type.byte_width
+        parts.append(
+            np.frombuffer(chunk.buffers()[1], np.uint8, count=len(chunk) * width, offset=chunk.offset * width)
+        )
+    return np.concatenate(parts)
+
+
+class _Segments(Iterator[RawBatch]):
+    """Plays one segment after the other; the next one opens while the last batches of this one are consumed."""
+
+    def __init__(self, stream: SampleStream, segments: list[np.ndarray], rows: int, share: int) -> None:
+        self.stream, self.segments, self.rows, self.share = stream, segments, rows, share
+        self.current = 0
+        self.delivered = 0
+        self.open: dict[int, _Segment] = {}
+        self._open(0)
+
+    def __next__(self) -> RawBatch:
+        if self.current >= len(self.segments):
+            raise StopIteration
+        total = len(self.segments[self.current]) // self.share
+        if self.delivered >= total // 2:
+            self._open(self.current + 1)
+        item = self.open[self.current].next()
+        self.delivered += 1
+        if self.delivered == total:
+            del self.open[self.current]
+            self.current, self.delivered = self.current + 1, 0
+        return item
+
+    def _open(self, number: int) -> None:
+        if number < len(self.segments) and number not in self.open:
+            self.open[number] = _Segment(self.stream, self.segments[number], self.rows, self.share)
+
+
+class _Segment:
+    """One Ray Data execution behind a small queue."""
+
+    def __init__(self, stream: SampleStream, positions: np.ndarray, rows: int, share: int) -> None:
+        self.queue: queue.Queue[RawBatch | BaseException] = queue.Queue(QUEUE_BATCHES)
+        self.thread = threading.Thread(
+            target=self._fill, args=(stream, positions, rows, share), name="segment", daemon=True
+        )
+        self.thread.start()
+
+    def next(self) -> RawBatch:
+        """The next batch; errors of the reading side are raised here."""
+        item = self.queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _fill(self, stream: SampleStream, positions: np.ndarray, rows: int, share: int) -> None:
+        try:
+            dataset = stream.dataset(positions, rows)
+            for table in dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=1):
+                self.queue.put(_collate(table, stream.size))
+        except BaseException as error:  # the student, not this thread, decides what an error means
+            self.queue.put(error)

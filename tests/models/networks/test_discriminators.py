@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+
+from models.losses import discriminator_loss, generator_loss
+from models.networks.discriminators import MultiScaleDiscriminator
+
+
+@pytest.fixture(scope="module")
+def published(filled):
+    network = MultiScaleDiscriminator(19)
+    network.layout = filled(network)
+    return network
+
+
+@pytest.fixture(scope="module")
+def fake(golden_input):
+    return golden_input("msd_fake", (2, 19, 64, 128)).softmax(dim=1)
+
+
+@pytest.fixture(scope="module")
+def real(golden_input):
+    return (2 * golden_input("msd_real", (2, 19, 64, 128))).softmax(dim=1)
+
+
+def test_state_dict_keys_and_shapes_are_those_of_the_published_checkpoints(published, golden_keys):
+    assert published.layout == golden_keys["ms_discriminator"]
+
+
+def test_the_parameter_count_is_the_published_one(published):
+    assert sum(parameter.numel() for parameter in published.parameters()) == 1_041_699
+
+
+def test_the_outputs_equal_the_reference(published, fake, golden):
+    for index, score in enumerate(published(fake)):
+        expected = golden[f"msd_out{index}"]
+        assert score.shape == expected.shape
+        assert np.abs(score.detach().numpy() - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_the_generator_loss_equals_the_reference(published, fake, golden):
+    assert generator_loss(published(fake)).item() == pytest.approx(golden["msd_gen_loss"].item(), rel=1e-4)
+
+
+def test_the_discriminator_loss_and_its_penalty_equal_the_reference(published, fake, real, golden):
+    loss = discriminator_loss(published, fake, real)
+    assert loss.total.item() == pytest.approx(golden["msd_dis_loss"].item(), rel=1e-4)
+    assert loss.penalty.item() == pytest.approx(golden["msd_dis_reg"].item(), rel=1e-4)
+
+
+def test_the_maps_of_a_full_crop_have_strides_8_16_and_32():
+    with torch.device("meta"):
+        network = MultiScaleDiscriminator(19)
+    shapes = [tuple(score.shape[1:]) for score in network(torch.empty((1, 19, 512, 1024), device="meta"))]
+    assert shapes == [(1, 64, 128), (1, 32, 64), (1, 16, 32)]
+
+
+def test_weights_start_from_a_narrow_normal_and_biases_from_zero():
+    torch.manual_seed(0)
+    network = MultiScaleDiscriminator(19)
+    weights = torch.cat([p.flatten() for name, p in network.named_parameters() if name.endswith("weight")])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.01)
+    assert not any(p.any() for name, p in network.named_parameters() if name.endswith("bias"))
+
+
+def test_a_small_member_is_the_same_code_at_another_width():
+    network = MultiScaleDiscriminator(16, width=8)
+    assert network.cnns[0][4].conv.weight.shape == (16, 8, 3, 3)
+    assert sum(p.numel() for p in network.parameters()) < 100_000
+
+
+def test_the_penalty_is_the_squared_gradient_of_the_scores_and_trains_the_discriminator():
+    # D(x) = w * x: the gradient of its sum is w everywhere, so R = 0.01 * w^2 * C * h * w per image.
+    weight = torch.tensor(3.0, requires_grad=True)
+    fake, real = torch.zeros(2, 1, 4, 5), torch.zeros(2, 1, 4, 5)
+    loss = discriminator_loss(lambda x: [weight * x], fake, real)
+    assert loss.penalty.item() == pytest.approx(0.01 * 9 * 20)
+    assert loss.total.item() == pytest.approx(1 + 0.01 * 9 * 20)
+    loss.penalty.backward()
+    assert weight.grad.item() == pytest.approx(0.01 * 6 * 20)
+
+
+def test_the_discriminator_loss_sends_no_gradient_to_its_inputs():
+    fake = torch.rand(1, 1, 4, 4, requires_grad=True)
+    real = torch.rand(1, 1, 4, 4, requires_grad=True)
+    weight = torch.tensor(1.0, requires_grad=True)
+    discriminator_loss(lambda x: [weight * x], fake, real).total.backward()
+    assert fake.grad is None
+    assert real.grad is None
+
+
+def test_without_a_penalty_there_is_no_second_pass():
+    calls = []
+
+    def spy(x):
+        calls.append(x.requires_grad)
+        return [x]
+
+    loss = discriminator_loss(spy, torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2), penalty_weight=0.0)
+    assert calls == [False, False]
+    assert loss.total.item() == 0.0
+    assert loss.penalty.item() == 0.0
+
+
+def test_the_generator_loss_doubles_the_sum_over_scales():
+    assert generator_loss([torch.zeros(1, 1, 2, 2), torch.full((1, 1, 1, 1), 3.0)]).item() == 2 * (1 + 4)
+
+
+def test_a_discriminator_without_classes_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        MultiScaleDiscriminator(0)

@@ -47,9 +47,7 @@ class CheckpointStore:
         steps = self.steps()
         if not steps:
             return None
-        state: dict[str, Any] = torch.load(
-            self.path(steps[-1]) / "state.pt", map_location="cpu", weights_only=True
-        )
+        state: dict[str, Any] = torch.load(self.path(steps[-1]) / "state.pt", map_location="cpu", weights_only=True)
         if state.get("format") != FORMAT:
             raise ValueError(f"{self.path(steps[-1])} has format {state.get('format')}, this version reads {FORMAT}")
         return state

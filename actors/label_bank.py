@@ -62,7 +62,7 @@ class Counters:
 
 
 def effective_classes(class_pixels: np.ndarray) -> float:
-    """exp of the entropy of the class shares: 1 when all pixels are of one class, C when all are as frequent."""
+    """Exp of the entropy of the class shares: 1 when all pixels are of one class, C when all are as frequent."""
     share = class_pixels / max(1, class_pixels.sum())
     share = share[share > 0]
     return float(np.exp(-(share * np.log(share)).sum())) if share.size else 0.0
@@ -124,9 +124,7 @@ class LabelBook:
         if old is not None:
             self.histogram -= old.histogram
         self.sequence += 1
-        self.entries[header.chunk] = Entry(
-            block, header.version, self.sequence, header.class_pixels, header.histogram
-        )
+        self.entries[header.chunk] = Entry(block, header.version, self.sequence, header.class_pixels, header.histogram)
         self.histogram += header.histogram
         self.counters.images += header.images
         self.counters.blocks += 1
@@ -164,9 +162,7 @@ class LabelBook:
     def delta(self, since: int) -> list[tuple[int, list[Any], int]]:
         """Live blocks that are newer than a sequence number."""
         return [
-            (chunk, [entry.block], entry.version)
-            for chunk, entry in self.entries.items()
-            if entry.sequence > since
+            (chunk, [entry.block], entry.version) for chunk, entry in self.entries.items() if entry.sequence > since
         ]
 
     def index(self) -> dict[str, Any]:

@@ -207,5 +207,7 @@ def age_statistics(ages: Counter[int]) -> dict[str, int | None]:
         return {"p50": None, "p95": None, "max": None}
     values = np.array(sorted(ages))
     cumulative = np.cumsum([ages[int(v)] for v in values])
-    pick = {name: int(values[np.searchsorted(cumulative, q * cumulative[-1])]) for name, q in (("p50", 0.5), ("p95", 0.95))}
+    pick = {
+        name: int(values[np.searchsorted(cumulative, q * cumulative[-1])]) for name, q in (("p50", 0.5), ("p95", 0.95))
+    }
     return {**pick, "max": int(values[-1])}

@@ -35,9 +35,7 @@ class ClusterLink:
 
     ASK_AGAIN_SECONDS = 0.25
 
-    def __init__(
-        self, plan: RunPlan, handles: Handles, rank: int, inside_train: bool, name: str = ""
-    ) -> None:
+    def __init__(self, plan: RunPlan, handles: Handles, rank: int, inside_train: bool, name: str = "") -> None:
         self.plan, self.handles, self.rank = plan, handles, rank
         self.inside_train, self.suffix = inside_train, f":{name}" if name else ""
         lead = rank == 0 and handles.board is not None

@@ -77,7 +77,10 @@ class Stream(Protocol):
 class ImageReader(Protocol):
     """What a teacher knows of the target images. There is no label path here."""
 
-    image_ids: Sequence[str]
+    @property
+    def image_ids(self) -> Sequence[str]:
+        """Stable ids, in order."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -104,8 +107,15 @@ class Labelled:
 class LabelRule(Protocol):
     """Turns a network and target images into pseudo-label records; runs at the teacher."""
 
-    layout: RecordLayout
-    num_classes: int
+    @property
+    def layout(self) -> RecordLayout:
+        """The columns of its records."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        ...
 
     @property
     def view_sizes(self) -> tuple[tuple[int, int], ...]:

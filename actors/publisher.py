@@ -7,7 +7,6 @@ published here, so they all agree.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -125,5 +124,3 @@ class Publisher:
             self.skipped_scores += 1
             return
         self._scoring = self.evaluator.score.remote(version, [reference])
-
-

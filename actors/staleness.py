@@ -35,7 +35,9 @@ class StalenessPolicy:
         if self.half_life_steps is not None and self.half_life_steps <= 0:
             raise ValueError(f"half_life_steps must be positive, not {self.half_life_steps}")
         if self.refresh == "once" and (self.max_age_steps or self.half_life_steps):
-            raise ValueError("with refresh='once' labels grow old by design: leave max_age_steps and half_life_steps None")
+            raise ValueError(
+                "with refresh='once' labels grow old by design: leave max_age_steps and half_life_steps None"
+            )
 
     def admit(self, newest: int | None, held: int | None, blocked: Collection[int] = ()) -> bool:
         """May a teacher start on a chunk?

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from actors.checkpoints import CheckpointStore, snapshot
 from actors.errors import RunError
 from actors.label_view import LabelView, age_statistics
-from actors.protocols import Batch, Objective, ObjectiveContext, RawBatch, RunPlan, StagePlan, StepInfo, Stream
+from actors.protocols import (
+    Batch,
+    Objective,
+    ObjectiveContext,
+    RawBatch,
+    RunPlan,
+    StagePlan,
+    StepInfo,
+)
 from actors.publisher import Publisher, TeachingNetwork
 
 LOOK_AHEAD_BATCHES = 8
@@ -304,7 +312,11 @@ class Student:
         self._publish(stage, pin=stage_step == 0)
         if plan.labels is not None:
             stage.view = self.link.view(index, first_step)
-            stage.view.ages, stage.view.hits, stage.view.misses = self.tally.ages, self.tally.hits, self.tally.misses
+            stage.view.ages, stage.view.hits, stage.view.misses = (
+                self.tally.ages,
+                self.tally.hits,
+                self.tally.misses,
+            )
         return stage
 
     def _position(self, stage: StageState) -> int:
@@ -445,5 +457,3 @@ class Student:
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-

@@ -92,15 +92,18 @@ class Labeller:
                 columns.append(made.columns)
                 pixels.append(made.class_pixels)
         block = encode(
-            rule.layout, ids, columns, pixels, weights_version=self.version, made_at_step=max(step, self.version)
+            rule.layout,
+            ids,
+            columns,
+            pixels,
+            weights_version=self.version,
+            made_at_step=max(step, self.version),
         )
         seconds = time.perf_counter() - began
-        counts = np.sum(pixels, axis=0, dtype=np.int64)
+        counts = np.stack(pixels).sum(0, dtype=np.int64)
         return Header(chunk, self.version, stop - start, seconds, counts, histogram, tuple(skipped)), block
 
-    def _read(
-        self, indices: range, sizes: tuple[tuple[int, int], ...]
-    ) -> tuple[list[torch.Tensor], dict[int, str]]:
+    def _read(self, indices: range, sizes: tuple[tuple[int, int], ...]) -> tuple[list[torch.Tensor], dict[int, str]]:
         views: list[list[np.ndarray]] = [[] for _ in sizes]
         unreadable: dict[int, str] = {}
         for index in indices:
@@ -131,9 +134,7 @@ class Teacher:
         self.labeller = Labeller(network, reader, plans, seed, device)
         self.board = board
 
-    def label(
-        self, stage: int, chunk: int, start: int, stop: int, version: int, step: int
-    ) -> tuple[Header, pa.Table]:
+    def label(self, stage: int, chunk: int, start: int, stop: int, version: int, step: int) -> tuple[Header, pa.Table]:
         """Label one chunk with one version of the weights; two return values, the small one first.
 
         When the asked-for version cannot be had any more (its student died), a teacher that has weights goes on with

@@ -1,9 +1,10 @@
-"""Measure a miniature's domain gap: source-only, AdaBN and oracle at equal steps, no adaptation method, no Ray.
+"""Measure a miniature's domain gap: source-only, AdaBN and oracle at equal steps, no method, no Ray.
 
     python -m bench.gap --benchmark synthia2city --seeds 0 1 2 --out gap.json
 
-The miniature is calibrated on these three figures alone: the oracle must lead source-only by at least 12 mIoU points,
-and source-only with normalisation statistics re-estimated on target images (AdaBN) may close at most 40 % of that.
+The miniature is calibrated on these three figures alone: the oracle must lead source-only by at least 12
+mIoU points, and source-only with normalisation statistics re-estimated on target images (AdaBN) may close
+at most 40 % of that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pipelines.benchmarks import BENCHMARKS, Benchmark, benchmark
 from pipelines.datasets import IGNORE, Split
 from pipelines.datasets.miniature import MINIATURE_VERSION
 
-# BGR order, as in the published MRNet; the deviation only matters to a network that starts from random weights.
+# BGR order, as in the published MRNet; the deviation is for a network that starts from random weights.
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 DEVIATION = 58.0
 AUX_WEIGHT = 0.5
@@ -36,7 +37,7 @@ BASE_SIZES = {
     "synthia2city": ((320, 180), (320, 160)),
     "city2robot": ((320, 160), (256, 192)),
 }
-"""Benchmark → (source, target) size that samples are resized to before the crop: the published ones divided by 4."""
+"""Benchmark → (source, target) size that samples are resized to before the crop: published ones / 4."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def adabn(network: DeepLab, data: Loaded, batch: int) -> DeepLab:
 
 
 def class_ious(network: DeepLab, data: Loaded, classes: int) -> list[float]:
-    """IoU of every class over the set, single view, fused logits, at label size; NaN where a class never occurs."""
+    """IoU of every class over the set: single view, fused logits, label size; NaN where a class is absent."""
     matrix = torch.zeros(classes, classes, dtype=torch.int64)
     with torch.no_grad():
         for images, labels in zip(data.images.split(8), data.labels.split(8), strict=True):

@@ -47,12 +47,13 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def adapt(options: AdaptOptions, watch: Watch) -> Outcome:
-    """Run a recipe on a benchmark, from its newest checkpoint if the run directory has one.
+def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False) -> Outcome:
+    """Run a recipe on a benchmark.
 
     Args:
         options: what to run.
         watch: told what happens, often; must return at once.
+        resume: continue the run of that name from its newest checkpoint.
 
     Raises:
         RunError: something the user gave cannot work.
@@ -61,13 +62,16 @@ def adapt(options: AdaptOptions, watch: Watch) -> Outcome:
     began = time.monotonic()
     watch("phase", {"name": "data", "text": "opening the data"})
     setup = resolve(options)
-    write_config(setup.options)
+    folder = setup.options.folder()
+    if not resume and (folder / "config.toml").exists():
+        raise RunError(f"{folder} holds a run already: continue it with --resume {folder}, or give another --name")
     seconds = {"data": time.monotonic() - began}
     watch("phase", {"name": "start", "text": "starting Ray", "folder": setup.plan.folder})
     url = cluster.start(setup.options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
     parts = cluster.shares(setup.options, cluster.total_resources())
+    write_config(setup.options)
     run = Run(setup, parts, watch, seconds)
     with stop_on_interrupt() as interrupt:
         return run.execute(interrupt)
@@ -80,6 +84,7 @@ class Interrupt:
         self.asked = False
 
     def __call__(self, signum: int, frame: Any) -> None:
+        """The signal handler."""
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -112,6 +117,10 @@ class Run:
         self.teacher_status: dict[str, Any] = {}
         self.run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote(setup.plan.folder)
         self.board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote()
+        # Kept, because an actor that restarts needs its arguments again. A short list travels by value: Ray prints a
+        # warning for every reference among the arguments.
+        images = len(setup.domains.target)
+        self.reader = setup.target_reader if images < 500 else ray.put(setup.target_reader)
         self.teachers: list[Any] = []
         self.bank: Any = None
         self.evaluator: Any = None
@@ -141,7 +150,7 @@ class Run:
         """Everything but the students; nothing is waited for, so that processes start side by side."""
         setup, plan = self.setup, self.setup.plan
         labels = setup.labels
-        reader = ray.put(setup.target_reader)
+        reader = self.reader
         if labels:
             teacher = ray.remote(Teacher).options(
                 max_restarts=-1, max_task_retries=0, **actor_options(self.shares.teacher)
@@ -265,7 +274,14 @@ class Run:
         if not plans:
             return {}
         began = time.monotonic()
-        self.watch("phase", {"name": "references", "text": "training " + " and ".join(plans), "steps": self.setup.plan.total_steps})
+        self.watch(
+            "phase",
+            {
+                "name": "references",
+                "text": "training " + " and ".join(plans),
+                "steps": self.setup.plan.total_steps,
+            },
+        )
         task = ray.remote(train_alone).options(max_retries=1, **actor_options(self.shares.student))
         handles = Handles(run_log=self.run_log)
         references = {

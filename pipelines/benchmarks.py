@@ -1,7 +1,7 @@
-"""The benchmarks: which labelled source, which unlabelled target, which classes, and which figures are reported.
+"""The benchmarks: which labelled source, which unlabelled target, which classes, which figures.
 
-`open` reads the real datasets under a data root; `miniature` renders a small pair in the same layouts and opens it with
-the same readers. Either way the target split for training has no path to a label.
+`open` reads the real datasets under a data root; `miniature` renders a small pair in the same layouts and
+opens it with the same readers. Either way the target split for training has no path to a label.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Domains:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A pair of domains with a class set and the protocols its scores are averaged over (the first one is primary)."""
+    """A pair of domains, a class set, and the protocols that scores are averaged over; the first is primary."""
 
     name: str
     description: str
@@ -84,16 +84,17 @@ def benchmark(name: str) -> Benchmark:
 
 
 def _finder(dataset: str, names: Sequence[str], landmark: str) -> Callable[[Path], Path]:
-    """Find a dataset's root below the data root under any of its usual names, known by the folder `landmark`."""
+    """Find a dataset's root below the data root by any of its usual names and the folder `landmark` in it."""
 
     def find(root: Path) -> Path:
         for name in names:
             if (root / name / landmark).is_dir():
                 return root / name
         present = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:12]) or "no folders"
+        expected = " or ".join(f"{name}/{landmark}" for name in names)
         raise DataError(
-            f"{dataset} was not found under {root}: expected {' or '.join(f'{name}/{landmark}' for name in names)}, "
-            f"found {present}. Move or link the dataset there, or give another data root."
+            f"{dataset} was not found under {root}: expected {expected}, found {present}. "
+            f"Move or link the dataset there, or give another data root."
         )
 
     return find

@@ -11,6 +11,7 @@ SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started",  # a start-up notice, not a problem
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

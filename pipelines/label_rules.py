@@ -100,9 +100,7 @@ class PercentileSelection:
 
     def thresholds(self, histogram: np.ndarray) -> np.ndarray:
         """See :class:`actors.protocols.Selection`."""
-        return percentile_thresholds(
-            histogram, self.keep_share, min_pixels=self.min_pixels, cap=round(255 * self.sure)
-        )
+        return percentile_thresholds(histogram, self.keep_share, min_pixels=self.min_pixels, cap=round(255 * self.sure))
 
     def apply(self, record: Mapping[str, np.ndarray], thresholds: np.ndarray) -> np.ndarray:
         """See :class:`actors.protocols.Selection`."""

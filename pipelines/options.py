@@ -46,8 +46,8 @@ class AdaptOptions:
     """Teacher processes."""
     threads: int = 1
     """CPU threads of each student and teacher."""
-    references: bool | None = None
-    """Also train source-only and oracle, as long as the adapted network. Default: on the miniature only."""
+    references: Literal["auto", "always", "never"] = "auto"
+    """Also train source-only and oracle, as long as the adapted network. auto: on the miniature only."""
     name: str | None = None
     """Name of the run directory. Default: benchmark, recipe, seed and the time of day."""
     runs: str = "runs"
@@ -110,7 +110,10 @@ def read_config(folder: str | Path) -> AdaptOptions:
         raise RunError(f"{folder} is no run directory: it has no config.toml. Give a folder that a run printed.")
     try:
         plain: dict[str, Any] = tomllib.loads(path.read_text())
-        nested = {"eplc": EplcOptions(**plain.pop("eplc", {})), "mrnet": MrnetOptions(**plain.pop("mrnet", {}))}
+        nested: dict[str, Any] = {
+            "eplc": EplcOptions(**plain.pop("eplc", {})),
+            "mrnet": MrnetOptions(**plain.pop("mrnet", {})),
+        }
         options = AdaptOptions(**plain, **nested)
     except (TypeError, tomllib.TOMLDecodeError) as error:
         raise RunError(f"{path} cannot be read by this version: {error}") from error

@@ -35,19 +35,12 @@ def assemble(
         teachers: last status of the label bank.
         seconds: wall-clock seconds by phase.
     """
-    protocol = setup.benchmark.primary_protocol
-    width, height = setup.domains.validation.label(0).shape[::-1]
     source, oracle = scores.get("source_only"), scores.get("oracle")
     return {
         "benchmark": setup.options.benchmark,
         "recipe": setup.options.recipe,
         "data": setup.data,
-        "protocol": {
-            "classes": len(setup.benchmark.protocols[protocol]),
-            "label_size": [width, height],
-            "network": "ema" if setup.plan.stages[-1].ema_decay is not None else "student",
-            "views": [[*view, mirrored] for view in setup.preset.score_views for mirrored in _mirrored(setup)],
-        },
+        "protocol": protocol(setup),
         "class_names": list(setup.benchmark.classes.names),
         "scores": {row: scores.get(row) for row in ROWS},
         "gap_closed": None
@@ -67,8 +60,16 @@ def assemble(
     }
 
 
-def _mirrored(setup: Setup) -> list[bool]:
-    return [False, True] if setup.preset.score_mirrored else [False]
+def protocol(setup: Setup) -> dict[str, Any]:
+    """How the scores of a run are made: what must stand beside every one of them."""
+    width, height = setup.domains.validation.label(0).shape[::-1]
+    mirrored = [False, True] if setup.preset.score_mirrored else [False]
+    return {
+        "classes": len(setup.benchmark.protocols[setup.benchmark.primary_protocol]),
+        "label_size": [width, height],
+        "network": "ema" if setup.plan.stages[-1].ema_decay is not None else "student",
+        "views": [[*view, flip] for view in setup.preset.score_views for flip in mirrored],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actors.errors import RunError
 from actors.evaluator import Scorer
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from models.networks.deeplab import DeepLab, DeepLabConfig
@@ -73,7 +72,11 @@ class Setup:
     def make_scorer(self) -> Callable[[torch.device], Scorer]:
         """Builds the scorer of the validation split; picklable."""
         return partial(
-            _scorer, self.plan.network, SplitReader(self.domains.validation, self.cache), self.preset, self.benchmark
+            _scorer,
+            self.plan.network,
+            SplitReader(self.domains.validation, self.cache),
+            self.preset,
+            self.benchmark,
         )
 
 
@@ -121,7 +124,7 @@ def open_domains(options: AdaptOptions, pair: Benchmark) -> Domains:
 
 def wants_references(options: AdaptOptions) -> bool:
     """Whether source-only and oracle are trained, too."""
-    return options.data_root is None if options.references is None else options.references
+    return options.references == "always" or (options.references == "auto" and options.data_root is None)
 
 
 def _plan(options: AdaptOptions, size: Preset, stages: tuple[StagePlan, ...], folder: Path) -> RunPlan:
@@ -136,9 +139,7 @@ def _plan(options: AdaptOptions, size: Preset, stages: tuple[StagePlan, ...], fo
     )
 
 
-def _references(
-    options: AdaptOptions, size: Preset, ingredients: Ingredients, plan: RunPlan
-) -> dict[str, RunPlan]:
+def _references(options: AdaptOptions, size: Preset, ingredients: Ingredients, plan: RunPlan) -> dict[str, RunPlan]:
     """Source-only and, where target labels exist, the oracle: same network, steps and batch."""
     domains = {"source_only": "source"}
     if ingredients.target_labelled is not None:
@@ -188,7 +189,4 @@ def _scorer(
 
 
 def _default_name(options: AdaptOptions) -> str:
-    name = f"{options.benchmark}-{options.recipe}-s{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (Path(options.runs) / name).exists():
-        raise RunError(f"{Path(options.runs) / name} exists already; give another --name")
-    return name
+    return f"{options.benchmark}-{options.recipe}-s{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -159,9 +159,7 @@ class SampleStream:
         context.print_on_execution_start = False
         blocks = [self._files(positions[start : start + rows]) for start in range(0, len(positions), rows)]
         source = _BlockSource(blocks, self.size, self.split.label_encoding, self.cache)
-        return ray.data.read_datasource(
-            source, num_cpus=self.read_cpus, override_num_blocks=len(blocks), concurrency=2
-        )
+        return ray.data.read_datasource(source, num_cpus=self.read_cpus, override_num_blocks=len(blocks), concurrency=2)
 
     def _files(self, positions: np.ndarray) -> list[SampleFile]:
         """Files of a block, its spares behind them."""
@@ -217,9 +215,7 @@ class _Reader:
         yield read_block(self.files, self.size, self.encoding, self.cache)
 
 
-def read_block(
-    files: Sequence[SampleFile], size: Size, encoding: LabelEncoding | None, cache: DecodeCache
-) -> pa.Table:
+def read_block(files: Sequence[SampleFile], size: Size, encoding: LabelEncoding | None, cache: DecodeCache) -> pa.Table:
     """Decode a block; unreadable samples are replaced by the block's spares and named.
 
     Args:
@@ -307,9 +303,7 @@ def _pixels(table: pa.Table, name: str) -> np.ndarray:
     parts = []
     for chunk in table.column(name).chunks:
         width = chunk.type.byte_width
-        parts.append(
-            np.frombuffer(chunk.buffers()[1], np.uint8, count=len(chunk) * width, offset=chunk.offset * width)
-        )
+        parts.append(np.frombuffer(chunk.buffers()[1], np.uint8, count=len(chunk) * width, offset=chunk.offset * width))
     return np.concatenate(parts)
 
 

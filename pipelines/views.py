@@ -87,7 +87,8 @@ class RandomCrop:
         x, y = _positions(boxes, self.crop)
         pixels = images.permute(0, 3, 1, 2).float()
         grid = torch.stack(
-            (_expand(2 * x / width - 1, y, columns=True), _expand(2 * y / height - 1, x, columns=False)), dim=-1
+            (_expand(2 * x / width - 1, y, columns=True), _expand(2 * y / height - 1, x, columns=False)),
+            dim=-1,
         )
         crops = F.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False)
         crops = crops.clamp(0, 255)
@@ -100,9 +101,7 @@ class RandomCrop:
     def _draws(self, positions: np.ndarray) -> np.ndarray:
         """Uniform numbers float32 N×(2 + 2·draws + 3): zoom, flip, corners, colours."""
         count = 2 + 2 * CROP_DRAWS + 3
-        return np.stack(
-            [np.random.default_rng([self.seed, 7, int(p)]).random(count, np.float32) for p in positions]
-        )
+        return np.stack([np.random.default_rng([self.seed, 7, int(p)]).random(count, np.float32) for p in positions])
 
     def _candidates(self, draws: np.ndarray, size: tuple[int, int], device: torch.device) -> Boxes:
         """Boxes N×draws; all draws of a sample share its zoom and flip."""
@@ -137,9 +136,7 @@ class RandomCrop:
         enough = (present.sum(1) > self.more_than_values).reshape(n, draws)
         enough[:, -1] = True
         pick = enough.to(torch.uint8).argmax(1, keepdim=True)
-        return Boxes(
-            boxes.left.gather(1, pick)[:, 0], boxes.top.gather(1, pick)[:, 0], boxes.zoom, boxes.flip
-        )
+        return Boxes(boxes.left.gather(1, pick)[:, 0], boxes.top.gather(1, pick)[:, 0], boxes.zoom, boxes.flip)
 
     def _recolour(self, images: Tensor, draws: np.ndarray) -> Tensor:
         """Brightness, contrast, saturation; RGB 0–255, N×3×H×W."""
@@ -193,7 +190,11 @@ def _positions(boxes: Boxes, crop: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def _expand(values: Tensor, other: Tensor, columns: bool) -> Tensor:
     """N×w (columns) or N×h (rows) → N×h×w."""
-    return values[:, None, :].expand(-1, other.shape[1], -1) if columns else values[:, :, None].expand(-1, -1, other.shape[1])
+    return (
+        values[:, None, :].expand(-1, other.shape[1], -1)
+        if columns
+        else values[:, :, None].expand(-1, -1, other.shape[1])
+    )
 
 
 def _gather(label: Tensor, x: Tensor, y: Tensor) -> Tensor:

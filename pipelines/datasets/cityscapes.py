@@ -1,7 +1,7 @@
-"""Cityscapes: `leftImg8bit/{train,val}/<city>/…_leftImg8bit.png`, `gtFine/{train,val}/<city>/…_gtFine_labelIds.png`.
+"""Cityscapes: `leftImg8bit/{train,val}/<city>/…`, `gtFine/{train,val}/<city>/…_gtFine_labelIds.png`.
 
-The label files hold `labelIds` (0–33, and 255 for the licence plates' −1), which become 19 train ids, or 9 where
-Cityscapes is the source of the RobotCar benchmark.
+The label files hold `labelIds` (0–33, and 255 for the licence plates' −1), which become 19 train ids, or 9
+where Cityscapes is the source of the RobotCar benchmark.
 """
 
 from __future__ import annotations

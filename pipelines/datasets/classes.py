@@ -1,7 +1,8 @@
 """The class sets of the benchmarks, their colours, and the protocols that scores are averaged over.
 
-A protocol is a tuple of *train ids of its class set*: the 16- and 13-class figures of SYNTHIA are means over some rows
-of the 19-way confusion matrix, so a prediction of one of the three absent classes counts as an error.
+A protocol is a tuple of *train ids of its class set*: the 16- and 13-class figures of SYNTHIA are means
+over some rows of the 19-way confusion matrix, so a prediction of one of the three absent classes counts as
+an error.
 """
 
 from __future__ import annotations
@@ -90,4 +91,4 @@ PROTOCOLS: dict[str, tuple[int, ...]] = {
     ),
     "9": tuple(range(9)),
 }
-"""Protocol name → train ids whose IoU is averaged ("9" counts in `ROBOTCAR_9`, the others in `CITYSCAPES_19`)."""
+"""Protocol → train ids whose IoU is averaged ("9" in `ROBOTCAR_9`, the others in `CITYSCAPES_19`)."""

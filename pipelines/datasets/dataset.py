@@ -1,8 +1,8 @@
-"""What every reader hands out: a `Split`, a light description of images and, where they exist, of their labels.
+"""What every reader hands out: a `Split`, a light description of images and, where there are any, labels.
 
-A split holds strings only, so thousands of samples pickle in a moment and any worker can read any pixel. A file that
-cannot be decoded raises `UnreadableImage`, always, so that a stream can skip it, count it and name it; a layout that
-is not the expected one raises `DataError` before anything is read.
+A split holds strings only, so thousands of samples pickle in a moment and any worker can read any pixel. A
+file that cannot be decoded raises `UnreadableImage`, always, so that a stream can skip it, count it and
+name it; a layout that is not the expected one raises `DataError` before anything is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Channel = Literal["index", "first of RGBA", "first of 16-bit RGB"]
 
 
 class DataError(ValueError):
-    """The data are not laid out as expected; the message says what was given, what is expected, what to change."""
+    """The data are not laid out as expected; says what was given, what is expected, what to change."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def read_image(path: str, size: Size | None = None) -> NDArray[np.uint8]:
 
 
 def read_label(path: str, encoding: LabelEncoding, size: Size | None = None) -> NDArray[np.uint8]:
-    """Decode a label file to (H, W) uint8 train ids, resized (nearest) to `size` = (width, height) if given."""
+    """Decode a label file to (H, W) uint8 train ids, resized (nearest) to (width, height) if given."""
     label = encoding.decode(path)
     if size is not None and (label.shape[1], label.shape[0]) != size:
         label = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
@@ -160,7 +160,7 @@ def build_split(
     encoding: LabelEncoding | None,
     folder: Path,
 ) -> Split:
-    """Make a split of (id, image, label) samples, refusing an empty folder and images without a label file."""
+    """Make a split of (id, image, label) samples; no images, or an image without its label, is refused."""
     if not samples:
         raise DataError(
             f"{name}: no images found under {folder}. Check that the download was unpacked there completely."

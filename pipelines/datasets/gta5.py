@@ -1,6 +1,7 @@
 """GTA5 (*Playing for Data*): `images/00001.png …` and `labels/` with the same names.
 
-Labels are 8-bit palette PNGs whose *indices* are Cityscapes `labelIds`; the RGB that the palette shows is never read.
+Labels are 8-bit palette PNGs whose *indices* are Cityscapes `labelIds`; the RGB that the palette shows is
+never read.
 """
 
 from __future__ import annotations

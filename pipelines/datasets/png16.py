@@ -1,8 +1,9 @@
 """16-bit RGB PNG, the encoding of SYNTHIA's labels.
 
-Pillow opens such a file as 8-bit RGB and keeps only the *high* byte of every sample, which for class ids below 256 is
-all zeros. Its C decoder can just as well be told to keep the low byte: read as little-endian samples, the byte that it
-keeps is the one it otherwise drops. Two passes give the exact 16 bits at C speed, for every filter type and interlacing.
+Pillow opens such a file as 8-bit RGB and keeps only the *high* byte of every sample, which for class ids
+below 256 is all zeros. Its C decoder can just as well be told to keep the low byte: read as little-endian
+samples, the byte that it keeps is the one it otherwise drops. Two passes give the exact 16 bits at C speed,
+for every filter type and interlacing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ def decode_rgb16(path: str | Path) -> NDArray[np.uint16]:
         OSError: the file is missing, truncated or corrupt.
     """
     low = _decode(path, _LOW_BYTE).astype(np.uint16)
-    return low | (_decode(path, _HIGH_BYTE).astype(np.uint16) << 8)
+    high = _decode(path, _HIGH_BYTE).astype(np.uint16)
+    return low + np.uint16(256) * high
 
 
 def encode_rgb16(pixels: NDArray[np.uint16]) -> bytes:
     """Encode (H, W, 3) uint16 as a 16-bit RGB PNG (every row with the filter *Up*)."""
-    height, width, channels = pixels.shape
-    if channels != 3 or pixels.dtype != np.uint16:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint16:
         raise ValueError(f"expected (H, W, 3) uint16, got {pixels.shape} {pixels.dtype}")
+    height, width = pixels.shape[:2]
     raw = pixels.astype(">u2").view(np.uint8).reshape(height, width * 6)
     rows = np.empty((height, width * 6 + 1), np.uint8)
     rows[:, 0] = 2

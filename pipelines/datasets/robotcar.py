@@ -1,7 +1,7 @@
 """Oxford RobotCar segmentation (the NEC-labs release), 9 classes.
 
-`train/<sequence>/<6 digits>.png`, `val/<sequence>_<6 digits>.png` (flat), and for both `anno/<sequence>_<6 digits>.png`.
-Annotations are RGBA; the id is the first channel.
+`train/<sequence>/<6 digits>.png`, `val/<sequence>_<6 digits>.png` (flat), and for both `anno/<sequence>_<6
+digits>.png`. Annotations are RGBA; the id is the first channel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """SYNTHIA-RAND-CITYSCAPES: `RGB/0000000.png …` and `GT/LABELS/` with the same names.
 
-Labels are 16-bit, 3-channel PNGs; the class id is the first channel in RGB order, the instance id the second. A reader
-that reduces them to 8 bits by dropping the low byte sees nothing but zeros. Lane markings (22) are not road.
+Labels are 16-bit, 3-channel PNGs; the class id is the first channel in RGB order, the instance id the
+second. A reader that reduces them to 8 bits by dropping the low byte sees nothing but zeros. Lane markings
+(22) are not road.
 """
 
 from __future__ import annotations

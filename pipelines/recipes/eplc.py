@@ -141,14 +141,16 @@ def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> Stage
     streams = {"target": ingredients.target(schedule.target_size, view)}
     if options.source_weight > 0:
         streams["source"] = ingredients.source(schedule.source_size, replace(view, seed=view.seed + 1))
-    percentile = options.selection == "percentile"
+    selection = None
+    if options.selection == "percentile":
+        selection = PercentileSelection(options.keep_share, options.sure)
     rule = MonteCarloRule(
         num_classes=ingredients.num_classes,
         sizes=preset.label_views,
         label_size=preset.label_size,
         passes=options.passes,
         dropout=options.label_dropout,
-        keep="all" if percentile else options.selection,
+        keep="all" if options.selection == "percentile" else options.selection,
         threshold=options.threshold,
         max_std=options.max_std,
     )
@@ -157,15 +159,13 @@ def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> Stage
         steps=schedule.steps,
         batch=schedule.batch,
         streams=streams,
-        objective=partial(
-            RectifiedObjective, SegmentationTerm(ingredients.num_classes), schedule.crop, options
-        ),
+        objective=partial(RectifiedObjective, SegmentationTerm(ingredients.num_classes), schedule.crop, options),
         optimiser=Sgd(train_norm_affine=True),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         labels=LabelPlan(
             rule=rule,
             policy=StalenessPolicy(refresh=ingredients.refresh),
-            selection=PercentileSelection(options.keep_share, options.sure) if percentile else None,
+            selection=selection,
         ),
         ema_decay=preset.ema_decay if options.teacher == "average" else None,
         statistics=options.statistics,

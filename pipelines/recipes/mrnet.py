@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
@@ -59,10 +58,7 @@ class AlignmentObjective:
         self.term, self.options, self.horizon, self.context = term, options, horizon, context
         self.balance = term.balance(crop).to(context.device)
         self.discriminators = nn.ModuleDict(
-            {
-                head: MultiScaleDiscriminator(term.num_classes, width=discriminator_width)
-                for head in ("aux", "main")
-            }
+            {head: MultiScaleDiscriminator(term.num_classes, width=discriminator_width) for head in ("aux", "main")}
         ).to(context.device)
         self.optimiser = torch.optim.Adam(
             self.discriminators.parameters(), lr=options.discriminator_rate, betas=(0.9, 0.99)
@@ -80,7 +76,10 @@ class AlignmentObjective:
         segmentation = self.term.of_logits(source, batch.source_label, self.balance)
         target = upsample_logits(network(batch.target), size)
         terms = {"loss/segmentation": segmentation}
-        heads = {"aux": (target.aux, self.options.adversarial_aux), "main": (target.main, self.options.adversarial_main)}
+        heads = {
+            "aux": (target.aux, self.options.adversarial_aux),
+            "main": (target.main, self.options.adversarial_main),
+        }
         self._real = fused(upsample_logits(_detached(source), size)).softmax(1)
         self.discriminators.requires_grad_(False)
         for name, (logits, weight) in heads.items():

@@ -31,12 +31,8 @@ class Sgd:
     def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of a network; the student sets every group's rate before each step."""
         assert isinstance(network, DeepLab)
-        groups = parameter_groups(
-            network, lr=1.0, duplicates=self.duplicates, train_norm_affine=self.train_norm_affine
-        )
-        return torch.optim.SGD(
-            groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
-        )
+        groups = parameter_groups(network, lr=1.0, duplicates=self.duplicates, train_norm_affine=self.train_norm_affine)
+        return torch.optim.SGD(groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from actors.errors import RunError
 from actors.protocols import StagePlan, Stream, View
@@ -120,7 +120,7 @@ class Ingredients:
     num_classes: int
     seed: int
     faithful: bool
-    refresh: str
+    refresh: Literal["once", "continuous"]
     source: Callable[[Size, View], Stream]
     target: Callable[[Size, View], Stream]
     target_labelled: Callable[[Size, View], Stream] | None
@@ -198,7 +198,7 @@ def _full(benchmark: Benchmark) -> Preset:
 def _mini(benchmark: Benchmark) -> Preset:
     """Schedule and size of the rendered miniature: the demo on two cores."""
     target = (256, 192) if benchmark.name == "city2robot" else (320, 160)
-    common = {"batch": 4, "source_size": (320, 180), "target_size": target, "crop": (192, 96)}
+    common: dict[str, Any] = {"batch": 4, "source_size": (320, 180), "target_size": target, "crop": (192, 96)}
     return Preset(
         name="mini",
         network=DeepLabConfig.small(len(benchmark.classes.names)),
@@ -222,7 +222,7 @@ def _mini(benchmark: Benchmark) -> Preset:
 def _tiny(benchmark: Benchmark) -> Preset:
     """Seconds: for tests of the whole engine. Its scores mean nothing."""
     target = (96, 72) if benchmark.name == "city2robot" else (128, 64)
-    common = {"batch": 2, "source_size": (128, 72), "target_size": target, "crop": (64, 48)}
+    common: dict[str, Any] = {"batch": 2, "source_size": (128, 72), "target_size": target, "crop": (64, 48)}
     small = DeepLabConfig(
         num_classes=len(benchmark.classes.names),
         layers=(1, 1, 1, 1),

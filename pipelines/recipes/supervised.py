@@ -115,5 +115,3 @@ def reference_stages(ingredients: Ingredients, domain: str, total: int) -> tuple
             learning_rate=Rate(schedule.learning_rate, schedule.warmup, round(1.25 * total)),
         ),
     )
-
-

@@ -1,8 +1,8 @@
 """A pinhole camera over a flat street, and a canvas with a depth buffer to draw on.
 
-Street coordinates in metres: x to the right, y up from the ground, z away from the camera. The camera looks along z
-from height `eye`; pitch only moves the horizon, so verticals stay vertical. Ids on the canvas are Cityscapes `labelIds`,
-plus `LANE_MARKING`, which the writers turn into whatever their dataset calls it.
+Street coordinates in metres: x to the right, y up from the ground, z away from the camera. The camera looks
+along z from height `eye`; pitch only moves the horizon, so verticals stay vertical. Ids on the canvas are
+Cityscapes `labelIds`, plus `LANE_MARKING`, which the writers turn into whatever their dataset calls it.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Canvas:
         last = min(cam.height, int(np.ceil(cam.horizon + cam.focal * (cam.eye - bottom) / nearest)))
         if last <= first:
             return
-        rows = np.arange(first, last, dtype=np.float32)[:, None] + 0.5
-        y = cam.eye - (rows - cam.horizon) * (z / cam.focal)[None, :]
+        rows = np.arange(first, last, dtype=np.float32)[:, None] + np.float32(0.5)
+        y = (cam.eye - (rows - cam.horizon) * (z / cam.focal)[None, :]).astype(np.float32)
         rgb, ids, solid = shade(np.broadcast_to(along, y.shape), y, np.broadcast_to(z, y.shape))
         box = (slice(first, last), slice(left, right))
         mask = (y <= top) & (y >= bottom) & (z[None, :] < self.depth[box])

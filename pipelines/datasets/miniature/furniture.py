@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from pipelines.datasets.cityscapes import LABEL_IDS
@@ -40,7 +42,7 @@ def draw_lamp(canvas: Canvas, style: Style, rng: Rng, x: float, z: float, inward
         )
     elif style.lamp == "curved":
         knots = [(0.0, -0.6), (0.25, -0.1), (0.6, 0.15), (1.0, 0.2)]
-        for (a, ya), (b, yb) in zip(knots, knots[1:], strict=False):
+        for (a, ya), (b, yb) in pairwise(knots):
             corners = [(a, ya), (b, yb), (b, yb + 0.15), (a, ya + 0.15)]
             sketch.polygon([(x + reach * p, height + q, z) for p, q in corners], colour, label)
         sketch.polygon(_rect(x + reach, z, -0.3, 0.3, height + 0.05, height + 0.25), (0.9, 0.88, 0.7), label)
@@ -66,11 +68,11 @@ def draw_traffic_light(canvas: Canvas, style: Style, rng: Rng, x: float, z: floa
     lit = int(rng.integers(3))
     lamps: tuple[Colour, ...] = ((0.95, 0.15, 0.1), (0.98, 0.7, 0.1), (0.15, 0.9, 0.45))
     for hx, hy in heads:
-        sketch.polygon(_rect(hx, z, -0.26, 0.26, hy - 1.15, hy), style.light_box, light)
+        sketch.polygon(_rect(hx, z, -0.34, 0.34, hy - 1.4, hy), style.light_box, light)
         for i, lamp in enumerate(lamps):
             dim = 1.0 if i == lit else 0.28
             on: Colour = (lamp[0] * dim, lamp[1] * dim, lamp[2] * dim)
-            sketch.polygon(_disc(hx, hy - 0.2 - 0.37 * i, z, 0.155), on, light)
+            sketch.polygon(_disc(hx, hy - 0.26 - 0.44 * i, z, 0.19), on, light)
     sketch.finish()
 
 

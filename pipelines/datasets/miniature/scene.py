@@ -137,7 +137,7 @@ class _Street:
             self._hood()
         return photograph(self.canvas, self.style.light, self.size, self.rng)
 
-    # --- what lines the street -------------------------------------------------------------------------------
+    # --- what lines the street ---
 
     def _face(self, side: float, z: float, extra: float = 0.0) -> float:
         """X of the building line on one side at depth z."""
@@ -250,7 +250,7 @@ class _Street:
                 (self._face(side, z, back), z), (self._face(side, end, back), end), lit, deep=side * 12.0
             )
 
-    # --- what stands and moves on it -------------------------------------------------------------------------
+    # --- what stands and moves on it ---
 
     def _add(self, z: float, draw: Callable[[], None]) -> None:
         self.things.append((z, draw))
@@ -332,7 +332,7 @@ class _Street:
         self._add(pose.z, lambda: draw(self.canvas, self.style, self.rng, pose, 0.5 + 0.5 * sun))
 
     def _kerbside(self) -> None:
-        rng, style, density = self.rng, self.style, self.style.density
+        rng, density = self.rng, self.style.density
         for side in (-1.0, 1.0):
             z = rng.uniform(5.0, 12.0)
             spacing = rng.uniform(10.0, 18.0)
@@ -349,7 +349,7 @@ class _Street:
                 self._post("light", side, self.ground.crossing[0] - 0.5)
         for kind in ("bicycle", "motorcycle"):
             for i in range(self._count(kind)):
-                z = self._depth(6.0, 35.0, kind in self.wanted and i == 0)
+                z = self._depth(5.0, 30.0, kind in self.wanted and i == 0)
                 side = float(rng.choice([-1.0, 1.0]))
                 self._two_wheeler(self._kerb(side, z, -rng.uniform(0.5, 1.6)), z, kind, ridden=False)
 
@@ -382,16 +382,16 @@ class _Street:
     def _people(self) -> None:
         rng = self.rng
         for i in range(self._count("person")):
-            z = self._depth(6.5, 45.0, "person" in self.wanted and i == 0)
+            z = self._depth(5.0, 32.0, "person" in self.wanted and i == 0)
             side = float(rng.choice([-1.0, 1.0]))
             walk = self.ground.walk_right if side > 0 else self.ground.walk_left
             self._walker(self._kerb(side, z, -rng.uniform(0.4, walk)), z)
         for _ in range(self._count("crossing") if "person" not in self.absent else 0):
-            z = self._depth(9.0, 40.0)
+            z = self._depth(8.0, 30.0)
             self._walker(self.ground.at(rng.uniform(-self.ground.road_left, self.ground.road_right), z), z)
         for kind in ("rider_bicycle", "rider_motorcycle"):
             for i in range(self._count(kind)):
-                z = self._depth(7.0, 35.0, kind in self.wanted and i == 0)
+                z = self._depth(6.0, 30.0, kind in self.wanted and i == 0)
                 side = float(rng.choice([-1.0, 1.0]))
                 self._two_wheeler(
                     self._kerb(side, z, rng.uniform(1.0, 3.2)), z, kind.removeprefix("rider_"), ridden=True

@@ -1,7 +1,8 @@
-"""What a domain looks like, as data: where the camera hangs, how streets are laid out, what things are made of.
+"""What a domain looks like, as data: camera, street layout, materials, the shape of things, light.
 
-The domains differ the way real ones do: in texture, in the shape of things, in layout and class frequency; colour,
-light, haze, blur and noise differ moderately. None of these numbers was ever chosen by looking at an adaptation method.
+The domains differ the way real ones do: in texture, in the shape of things, in layout and class frequency;
+colour, light, haze, blur and noise differ moderately. None of these numbers was ever chosen by looking at
+an adaptation method.
 """
 
 from __future__ import annotations

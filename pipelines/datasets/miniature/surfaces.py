@@ -48,7 +48,7 @@ def pick(rng: Rng, colours: tuple[Colour, ...], jitter: float = 0.0) -> Colour:
 
 
 def paint(material: Material, base: Colour, seed: int, u: Array, v: Array, far: Array) -> Array:
-    """Colour a surface with a material; pattern and grain fade where a pixel covers more than they are large."""
+    """Colour a surface with a material; pattern and grain fade with distance."""
     tile = noise(seed, material.slope, stretch=material.stretch)
     fade = np.clip(1.3 - far / 45.0, 0.15, 1.0)
     tone = 1.0 + material.grain * sample(tile, u, v, material.per_metre) * fade

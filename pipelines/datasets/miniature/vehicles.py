@@ -15,8 +15,8 @@ from pipelines.datasets.miniature.textures import noise
 Rng = np.random.Generator
 Outline = tuple[tuple[float, float], ...]
 
-# Profiles in (metres ahead of the middle, metres above ground), clockwise from the rear bumper seen from the left,
-# and the indices of the edges that are glass (rear window, windscreen).
+# Profiles in (metres ahead of the middle, metres above ground), clockwise from the rear bumper, and the
+# indices of the edges that are glass (rear window, windscreen), and the width.
 _PROFILES: dict[str, tuple[Outline, tuple[int, ...], float]] = {
     "sedan": (
         (
@@ -172,9 +172,8 @@ def _shadow(canvas: Canvas, pose: Pose, length: float, width: float, strength: f
     """Darken the ground under a vehicle."""
     cam = canvas.camera
     corners = [
-        pose.place(a, 0.0, b)
-        for a, b in ((-1, -1), (-1, 1), (1, 1), (1, -1))
-        for a, b in ((a * length * 0.52, b * width * 0.6),)
+        pose.place(ahead * length * 0.52, 0.0, across * width * 0.6)
+        for ahead, across in ((-1, -1), (-1, 1), (1, 1), (1, -1))
     ]
     if min(p[2] for p in corners) < NEAR:
         return

@@ -1,7 +1,7 @@
 """Write a miniature to disk: rendered once, in the published layout of each dataset, complete or not at all.
 
-Pictures are rendered in a temporary folder beside the final one and renamed at the end, so two processes may ask for
-the same miniature at once; the slower one throws its copy away.
+Pictures are rendered in a temporary folder beside the final one and renamed at the end, so two processes
+may ask for the same miniature at once; the slower one throws its copy away.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ _SEQUENCES = {
 
 
 def miniature_folder(benchmark: str, size: str, folder: Path, seed: int) -> Path:
-    """Where the miniature of a benchmark lives under `folder`; a name holds one version of the pictures for ever."""
+    """Where a benchmark's miniature lives under `folder`; a name stands for the same pictures for ever."""
     return folder / f"{benchmark}-{size}-v{MINIATURE_VERSION}-s{seed}"
 
 
@@ -156,7 +156,7 @@ def _pictures(pair: _Pair, scale: MiniatureSize) -> Iterator[tuple[str, str, int
 
 
 def _render_in_processes(benchmark: str, size: str, seed: int, root: Path, workers: int) -> None:
-    """Plain subprocesses: they need nothing of the caller's state, and a caller full of threads cannot fork safely."""
+    """Plain subprocesses: they need none of the caller's state, and a caller full of threads cannot fork."""
     repository = Path(__file__).resolve().parents[3]
     path = os.pathsep.join(p for p in (str(repository), os.environ.get("PYTHONPATH", "")) if p)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

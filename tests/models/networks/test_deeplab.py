@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,10 +33,10 @@ def count(module: nn.Module) -> int:
 
 
 def tiny(**changes) -> DeepLab:
-    fields = dict(
-        layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=8, groups=4, num_classes=3
+    config = DeepLabConfig(
+        num_classes=3, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=8, groups=4
     )
-    return DeepLab(DeepLabConfig(**(fields | changes)))
+    return DeepLab(replace(config, **changes))
 
 
 # The published network.
@@ -388,7 +389,7 @@ def test_adabn_without_images_is_refused_and_changes_nothing():
         ({"norm": "batch"}, "choose one of gn, bn"),
         ({"num_classes": 1}, "at least 2"),
         ({"dropout": 1.0}, r"\[0, 1\)"),
-        ({"branch_channels": 100}, "not a multiple of the 32 groups"),
+        ({"branch_channels": 100}, "32 groups do not divide"),
         ({"layers": (3, 4, 23)}, "four stages"),
     ],
 )

@@ -53,7 +53,7 @@ def test_another_networks_checkpoint_is_refused_before_anything_is_loaded():
     before = network.conv1.weight.clone()
     with pytest.raises(ValueError, match=r"layer5.head.1.weight.*instead of.*1 more"):
         load_exact(network, tiny(num_classes=4).state_dict())
-    with pytest.raises(ValueError, match="it has no 'conv1.weight'"):
+    with pytest.raises(ValueError, match=r"it has no 'conv1\.weight'"):
         load_exact(network, {"encoder.weight": torch.zeros(1)})
     assert torch.equal(network.conv1.weight, before)
 

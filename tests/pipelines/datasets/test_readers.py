@@ -1,4 +1,4 @@
-"""Every reader on files in the published layout and encoding; id tables typed from the papers, not from the code."""
+"""Every reader on files in the published layout and encoding; id tables typed from the papers."""
 
 import pickle
 
@@ -10,13 +10,13 @@ from pipelines.datasets import DataError, cityscapes, gta5, robotcar, synthia
 
 # labelId: train id of 19. Ids that are not listed are ignored.
 LABEL_IDS_TO_19 = {
-    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
-    28: 15, 31: 16, 32: 17, 33: 18,
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
+    27: 14, 28: 15, 31: 16, 32: 17, 33: 18,
 }  # fmt: skip
 LABEL_IDS_TO_9 = {23: 0, 24: 1, 25: 1, 32: 2, 33: 2, 26: 3, 27: 3, 28: 3, 20: 4, 19: 5, 11: 6, 8: 7, 7: 8}
 SYNTHIA_TO_19 = {
-    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15,
-    20: 16, 12: 17, 11: 18,
+    3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14,
+    19: 15, 20: 16, 12: 17, 11: 18,
 }  # fmt: skip
 ROBOTCAR_TO_9 = {1: 0, 2: 1, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 10: 7, 11: 8, 12: 8, 13: 8, 14: 8, 17: 8}
 

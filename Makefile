@@ -1,0 +1,30 @@
+# Everything happens in .venv; nothing but python (3.10 or newer) and make is needed beforehand.
+PYTHON ?= python3
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test check lint clean
+
+demo: $(STAMP)
+	$(VENV)/bin/python run.py --benchmark synthia2city
+
+test: $(STAMP) lint
+	$(VENV)/bin/python -m pytest -q
+
+# The inner loop: everything that needs no Ray cluster.
+check: $(STAMP)
+	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Tutelage needs Python 3.10 or newer, this is ' + sys.version.split()[0])"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)

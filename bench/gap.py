@@ -80,9 +80,7 @@ def batches(data: Loaded, schedule: Schedule, seed: int) -> Iterator[tuple[Tenso
     """Random scale, crop and mirror image, in an order that is a function of the seed."""
     rng = np.random.default_rng([seed, 17])
     count = data.images.shape[0]
-    order = np.concatenate(
-        [rng.permutation(count) for _ in range(schedule.steps * schedule.batch // count + 1)]
-    )
+    order = np.concatenate([rng.permutation(count) for _ in range(schedule.steps * schedule.batch // count + 1)])
     width, height = schedule.crop
     for step in range(schedule.steps):
         images, labels = [], []
@@ -129,9 +127,7 @@ def train(data: Loaded, classes: int, schedule: Schedule, seed: int) -> DeepLab:
         total += float(loss.detach())
         if (step + 1) % 100 == 0:
             pace = (time.perf_counter() - started) / (step + 1)
-            print(
-                f"  step {step + 1}/{schedule.steps}  loss {total / 100:.3f}  {pace:.3f} s/step", flush=True
-            )
+            print(f"  step {step + 1}/{schedule.steps}  loss {total / 100:.3f}  {pace:.3f} s/step", flush=True)
             total = 0.0
     return network.eval()
 
@@ -170,9 +166,7 @@ def _upsample(logits: Tensor, size: torch.Size) -> Tensor:
 
 def score(bench: Benchmark, ious: list[float]) -> dict[str, Any]:
     """MIoU (percent) over each protocol, and the IoU of each class of the primary one."""
-    means = {
-        name: 100 * float(np.mean([ious[c] for c in chosen])) for name, chosen in bench.protocols.items()
-    }
+    means = {name: 100 * float(np.mean([ious[c] for c in chosen])) for name, chosen in bench.protocols.items()}
     primary = bench.protocols[bench.primary_protocol]
     return {
         "miou": round(means[bench.primary_protocol], 2),
@@ -181,9 +175,7 @@ def score(bench: Benchmark, ious: list[float]) -> dict[str, Any]:
     }
 
 
-def measure(
-    bench: Benchmark, folder: Path, size: str, schedule: Schedule, seed: int, fit: bool
-) -> dict[str, Any]:
+def measure(bench: Benchmark, folder: Path, size: str, schedule: Schedule, seed: int, fit: bool) -> dict[str, Any]:
     """The three figures for one seed of the networks (the pictures' seed is always 0)."""
     domains = bench.miniature(size, folder)
     if domains.target_labelled is None:
@@ -199,9 +191,7 @@ def measure(
     result["source_only"] = score(bench, class_ious(source_only, validation, classes))
     if fit:
         result["source_on_source"] = score(bench, class_ious(source_only, source, classes))
-    result["adabn"] = score(
-        bench, class_ious(adabn(source_only, target, schedule.batch), validation, classes)
-    )
+    result["adabn"] = score(bench, class_ious(adabn(source_only, target, schedule.batch), validation, classes))
     print(f"{bench.name} seed {seed}: oracle", flush=True)
     oracle = train(target, classes, schedule, seed)
     result["oracle"] = score(bench, class_ious(oracle, validation, classes))
@@ -218,16 +208,10 @@ def main() -> None:
     parser.add_argument("--benchmark", choices=sorted(BENCHMARKS), default="synthia2city")
     parser.add_argument("--size", default="mini", help="size of the miniature")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of network and sample order")
-    parser.add_argument(
-        "--steps", type=int, default=Schedule.steps, help="steps of source-only and of oracle"
-    )
+    parser.add_argument("--steps", type=int, default=Schedule.steps, help="steps of source-only and of oracle")
     parser.add_argument("--lr", type=float, default=Schedule.lr)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("data/miniature"), help="where miniatures are kept"
-    )
-    parser.add_argument(
-        "--fit", action="store_true", help="also score source-only on its own training pictures"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("data/miniature"), help="where miniatures are kept")
+    parser.add_argument("--fit", action="store_true", help="also score source-only on its own training pictures")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()

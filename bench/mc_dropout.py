@@ -34,15 +34,11 @@ LIMITS = {"mean": 1.1, "min": 1.4, "std": 1.4}
 def main() -> None:
     """Measures, prints a table and writes JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument(
-        "--network", choices=("r101", "small"), default="r101", help="which network to label with"
-    )
+    parser.add_argument("--network", choices=("r101", "small"), default="r101", help="which network to label with")
     parser.add_argument("--passes", type=int, default=10, help="Monte-Carlo passes T")
     parser.add_argument("--rounds", type=int, default=5, help="times every case is measured")
     parser.add_argument("--images", type=int, default=1, help="images in a batch")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=(512, 256), help="label and first view, width height"
-    )
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 256), help="label and first view, width height")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here as well")
@@ -90,9 +86,7 @@ def main() -> None:
             trunk[case].append(before)
             rest[case].append(behind)
 
-    whole = {
-        case: statistics.median(a + b for a, b in zip(trunk[case], rest[case], strict=True)) for case in cases
-    }
+    whole = {case: statistics.median(a + b for a, b in zip(trunk[case], rest[case], strict=True)) for case in cases}
     baseline = whole["mean", 1]
     common = statistics.median(second for case in cases for second in trunk[case])
     behind_baseline = statistics.median(rest["mean", 1])

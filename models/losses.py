@@ -247,9 +247,7 @@ def rectified_terms(
         losses = pixel_cross_entropy(head, labels, class_weights) * torch.exp(-distance)
         return (losses if pixel_weights is None else losses * pixel_weights).mean()
 
-    return RectifiedTerms(
-        rectified(logits.main, main_d), main_d.mean(), rectified(logits.aux, aux_d), aux_d.mean()
-    )
+    return RectifiedTerms(rectified(logits.main, main_d), main_d.mean(), rectified(logits.aux, aux_d), aux_d.mean())
 
 
 def generator_loss(scores: Sequence[Tensor]) -> Tensor:
@@ -296,8 +294,7 @@ def discriminator_loss(
     real = real.detach().requires_grad_(penalty_weight > 0.0)
     fake_scores, real_scores = discriminator(fake), discriminator(real)
     total = torch.stack(
-        [score.square().mean() for score in fake_scores]
-        + [(score - 1.0).square().mean() for score in real_scores]
+        [score.square().mean() for score in fake_scores] + [(score - 1.0).square().mean() for score in real_scores]
     ).sum()
     penalty = torch.zeros_like(total)
     if penalty_weight > 0.0:

@@ -12,9 +12,7 @@ def poly(step: int, *, horizon: int, power: float = 0.9) -> float:
         ValueError: if the step is negative or the horizon is not positive.
     """
     if step < 0 or horizon <= 0:
-        raise ValueError(
-            f"step is {step} and horizon is {horizon}; a schedule runs from 0 to a positive horizon"
-        )
+        raise ValueError(f"step is {step} and horizon is {horizon}; a schedule runs from 0 to a positive horizon")
     return max(0.0, 1.0 - step / horizon) ** power
 
 

@@ -76,16 +76,12 @@ def mean_iou(per_class: Tensor | Sequence[float], classes: Sequence[int] | None 
     values = torch.as_tensor(per_class, dtype=torch.float64)
     if classes is not None:
         if not all(0 <= index < len(values) for index in classes):
-            raise ValueError(
-                f"the protocol {list(classes)} names classes beyond the {len(values)} scored ones"
-            )
+            raise ValueError(f"the protocol {list(classes)} names classes beyond the {len(values)} scored ones")
         values = values[list(classes)]
     return float(values.nanmean())
 
 
-def protocol_means(
-    per_class: Tensor | Sequence[float], protocols: Mapping[str, Sequence[int]]
-) -> dict[str, float]:
+def protocol_means(per_class: Tensor | Sequence[float], protocols: Mapping[str, Sequence[int]]) -> dict[str, float]:
     """The mean of every protocol from one per-class row.
 
     SYNTHIA's 16 and 13 are subsets of the same 19-way row (methods 2.3, way b): a prediction of one of the

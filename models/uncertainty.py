@@ -240,9 +240,7 @@ def _no_dropout(view: View) -> HeadMasks:
 
 def _check(network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks]) -> None:
     if not views or len(views) != len(masks):
-        raise ValueError(
-            f"{len(views)} views and {len(masks)} masks were given; there must be one mask per view"
-        )
+        raise ValueError(f"{len(views)} views and {len(masks)} masks were given; there must be one mask per view")
     images, channels = views[0].features.main.shape[:2]
     passes = masks[0].main.shape[0]
     for view, mask in zip(views, masks, strict=True):
@@ -330,9 +328,7 @@ def _winner_statistics(grids: list[Tensor], winner: Tensor, kind: Literal["min",
         part = winner[top : top + rows_at_once, :, None]
         cells: list[Tensor] = []
         weights: list[Tensor] = []
-        for grid, first, ((y_cells, y_weights), (x_cells, x_weights)) in zip(
-            grids, starts, axes, strict=True
-        ):
+        for grid, first, ((y_cells, y_weights), (x_cells, x_weights)) in zip(grids, starts, axes, strict=True):
             h, w = grid.shape[-2:]
             y_cells, y_weights = y_cells[top : top + rows_at_once], y_weights[top : top + rows_at_once]
             # (rows, width, 4): the four neighbours of each pixel, then the winner's plane of the table.

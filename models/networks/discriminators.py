@@ -18,9 +18,7 @@ RESIDUAL_BLOCKS = 4
 class ConvBlock(nn.Module):
     """3x3 convolution with zero padding, then (optionally) a leaky rectifier."""
 
-    def __init__(
-        self, channels_in: int, channels_out: int, *, stride: int = 1, activate: bool = True
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int = 1, activate: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1)
         self.activate = activate
@@ -36,9 +34,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.model = nn.Sequential(
-            ConvBlock(channels, channels), ConvBlock(channels, channels, activate=False)
-        )
+        self.model = nn.Sequential(ConvBlock(channels, channels), ConvBlock(channels, channels, activate=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, channels, h, w) to the same shape."""

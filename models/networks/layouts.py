@@ -60,9 +60,7 @@ def load_backbone_init(network: nn.Module, state: Mapping[str, Tensor]) -> int:
     if not any(key.startswith("conv1.") for key in state):
         state = {key.partition(".")[2]: value for key, value in state.items()}
     own = network.state_dict()
-    wanted = [
-        key for key in own if key.partition(".")[0] in _BACKBONE and not key.endswith("num_batches_tracked")
-    ]
+    wanted = [key for key in own if key.partition(".")[0] in _BACKBONE and not key.endswith("num_batches_tracked")]
     given = {key: value for key, value in state.items() if key.partition(".")[0] not in SKIPPED_IN_INIT}
     for key in wanted:
         if key not in given:

@@ -26,9 +26,7 @@ class ClassSet:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.palette):
-            raise ValueError(
-                f"class set {self.name}: {len(self.names)} names but {len(self.palette)} colours"
-            )
+            raise ValueError(f"class set {self.name}: {len(self.names)} names but {len(self.palette)} colours")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,9 +84,7 @@ _LEFT_OUT_OF_13 = ("wall", "fence", "pole")
 PROTOCOLS: dict[str, tuple[int, ...]] = {
     "19": tuple(range(19)),
     "16": tuple(i for i, n in enumerate(CITYSCAPES_19.names) if n not in _ABSENT_IN_SYNTHIA),
-    "13": tuple(
-        i for i, n in enumerate(CITYSCAPES_19.names) if n not in _ABSENT_IN_SYNTHIA + _LEFT_OUT_OF_13
-    ),
+    "13": tuple(i for i, n in enumerate(CITYSCAPES_19.names) if n not in _ABSENT_IN_SYNTHIA + _LEFT_OUT_OF_13),
     "9": tuple(range(9)),
 }
 """Protocol → train ids whose IoU is averaged ("9" in `ROBOTCAR_9`, the others in `CITYSCAPES_19`)."""

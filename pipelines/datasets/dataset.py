@@ -84,9 +84,7 @@ class Split:
         if (self.label_paths is None) != (self.label_encoding is None):
             raise ValueError(f"{self.name}: label paths and label encoding come together or not at all")
         if self.label_paths is not None and len(self.label_paths) != len(self.image_paths):
-            raise ValueError(
-                f"{self.name}: {len(self.image_paths)} images but {len(self.label_paths)} labels"
-            )
+            raise ValueError(f"{self.name}: {len(self.image_paths)} images but {len(self.label_paths)} labels")
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -68,9 +68,7 @@ def _train_samples(root: str | Path) -> list[tuple[str, Path, Path]]:
     ]
 
 
-def _open(
-    root: str | Path, samples: list[tuple[str, Path, Path]], name: str, encoding: LabelEncoding | None
-) -> Split:
+def _open(root: str | Path, samples: list[tuple[str, Path, Path]], name: str, encoding: LabelEncoding | None) -> Split:
     if encoding is not None:
         existing_folder(root, "anno", "RobotCar", LAYOUT)
     return build_split(name, samples, encoding, Path(root) / name.split("/")[1])

@@ -4,9 +4,7 @@ import torch
 
 from models.scores import ConfusionMatrix, gap_closed, iou, mean_iou, protocol_means
 
-RECTIFIED_SYNTHIA = (
-    "87.6 41.9 83.1 14.7 1.7 36.2 31.3 19.9 81.6 80.6 63.0 21.8 86.2 40.7 23.6 53.1"  # the 16 classes
-)
+RECTIFIED_SYNTHIA = "87.6 41.9 83.1 14.7 1.7 36.2 31.3 19.9 81.6 80.6 63.0 21.8 86.2 40.7 23.6 53.1"  # the 16 classes
 SIXTEEN = [c for c in range(19) if c not in (9, 14, 16)]  # without terrain, truck, train
 THIRTEEN = [c for c in SIXTEEN if c not in (3, 4, 5)]  # and without wall, fence, pole
 

@@ -81,7 +81,7 @@ RULES = [
     UncertaintyRule("mean", min_confidence=0.4),
     UncertaintyRule("min", min_confidence=0.35),
     UncertaintyRule("min", min_confidence=0.35, published_min=True),
-    UncertaintyRule("std", min_confidence=0.35, max_std=0.06),
+    UncertaintyRule("std", min_confidence=0.3, max_std=0.1),
 ]
 
 

@@ -78,9 +78,7 @@ class Canvas:
         z = (z0 + t * dz).astype(np.float32)
         along = (offset + t * np.hypot(dx, dz)).astype(np.float32)
         nearest = float(z.min())
-        first = max(
-            0, int(cam.horizon + cam.focal * (cam.eye - top) / (nearest if top > cam.eye else z.max()))
-        )
+        first = max(0, int(cam.horizon + cam.focal * (cam.eye - top) / (nearest if top > cam.eye else z.max())))
         last = min(cam.height, int(np.ceil(cam.horizon + cam.focal * (cam.eye - bottom) / nearest)))
         if last <= first:
             return

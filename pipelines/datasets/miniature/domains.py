@@ -12,10 +12,10 @@ SYNTHIA = Style(
     seed=1000,
     layout=Layout(
         focal=(0.85, 1.05),
-        eye=(1.6, 3.4),
+        eye=(1.4, 2.9),
         horizon=(0.30, 0.44),
         lateral=(-2.5, 2.5),
-        road=(5.0, 8.0),
+        road=(4.5, 7.5),
         walk=(3.0, 5.0),
         setback=(0.0, 1.0),
         curve=(-0.002, 0.002),
@@ -38,7 +38,7 @@ SYNTHIA = Style(
     ),
     road=Material(((0.36, 0.37, 0.40), (0.44, 0.44, 0.46)), grain=0.07, slope=0.2, per_metre=30.0),
     sidewalk=Material(
-        ((0.60, 0.52, 0.44), (0.55, 0.42, 0.36), (0.62, 0.60, 0.55)),
+        ((0.60, 0.52, 0.44), (0.55, 0.45, 0.40), (0.58, 0.57, 0.54), (0.50, 0.49, 0.48)),
         pattern="grid",
         size=0.8,
         joint=-0.22,
@@ -48,18 +48,14 @@ SYNTHIA = Style(
     marking=(0.92, 0.92, 0.9),
     facades=(
         Facade(
-            Material(
-                ((0.55, 0.27, 0.2), (0.62, 0.36, 0.26)), pattern="bricks", size=0.35, joint=0.2, grain=0.04
-            ),
+            Material(((0.55, 0.27, 0.2), (0.62, 0.36, 0.26)), pattern="bricks", size=0.35, joint=0.2, grain=0.04),
             window=(0.4, 0.45),
             glass=((0.25, 0.33, 0.45),),
             storeys=(3, 7),
             weight=2.0,
         ),
         Facade(
-            Material(
-                ((0.42, 0.5, 0.58), (0.35, 0.42, 0.5)), pattern="grid", size=1.6, joint=-0.2, grain=0.02
-            ),
+            Material(((0.42, 0.5, 0.58), (0.35, 0.42, 0.5)), pattern="grid", size=1.6, joint=-0.2, grain=0.02),
             window=(0.86, 0.7),
             glass=((0.38, 0.52, 0.66), (0.25, 0.4, 0.5)),
             frame=(0.3, 0.33, 0.36),
@@ -75,13 +71,11 @@ SYNTHIA = Style(
             ledge=0.12,
         ),
     ),
-    barrier=Material(
-        ((0.62, 0.44, 0.34), (0.66, 0.6, 0.5)), pattern="bricks", size=0.25, joint=0.2, grain=0.04
-    ),
+    barrier=Material(((0.62, 0.44, 0.34), (0.66, 0.6, 0.5)), pattern="bricks", size=0.25, joint=0.2, grain=0.04),
     fence_colour=(0.25, 0.36, 0.3),
     fence_kind="bars",
     foliage=Material(
-        ((0.25, 0.5, 0.14), (0.32, 0.55, 0.2)), jitter=0.08, grain=0.16, slope=0.4, per_metre=28.0
+        ((0.25, 0.5, 0.14), (0.32, 0.55, 0.2), (0.22, 0.36, 0.14)), jitter=0.08, grain=0.16, slope=0.4, per_metre=28.0
     ),
     trees="lollipop",
     trunk=(0.4, 0.27, 0.17),
@@ -90,30 +84,32 @@ SYNTHIA = Style(
     lamp="straight",
     signs="boards",
     light_box=(0.85, 0.68, 0.12),
-    cars=(("boxy", 2.0), ("low", 1.5), ("sedan", 1.0)),
+    cars=(("boxy", 1.5), ("low", 1.2), ("sedan", 1.0), ("wagon", 0.8), ("hatch", 0.5)),
     car_colours=(
         (0.75, 0.12, 0.1),
+        (0.16, 0.17, 0.19),
+        (0.6, 0.61, 0.63),
         (0.9, 0.75, 0.12),
         (0.15, 0.3, 0.7),
         (0.85, 0.86, 0.88),
         (0.2, 0.55, 0.35),
     ),
-    bus_colours=((0.85, 0.3, 0.1), (0.2, 0.45, 0.75)),
+    bus_colours=((0.85, 0.3, 0.1), (0.2, 0.45, 0.75), (0.8, 0.78, 0.7), (0.75, 0.7, 0.4)),
     truck_colours=((0.8, 0.8, 0.78), (0.3, 0.45, 0.65)),
     train_colours=((0.7, 0.72, 0.74), (0.2, 0.3, 0.6)),
-    cloth=((0.8, 0.2, 0.2), (0.2, 0.4, 0.75), (0.9, 0.85, 0.3), (0.3, 0.6, 0.35), (0.85, 0.85, 0.85)),
+    cloth=((0.8, 0.2, 0.2), (0.2, 0.4, 0.75), (0.9, 0.85, 0.3), (0.3, 0.6, 0.35), (0.85, 0.85, 0.85), (0.2, 0.2, 0.23)),
     legs=((0.25, 0.3, 0.5), (0.5, 0.4, 0.3), (0.2, 0.2, 0.22)),
     density={
-        "parked": 0.18,
+        "parked": 0.22,
         "traffic": 1.2,
         "truck": 0.15,
         "bus": 0.25,
         "train": 0.1,
         "person": 7.0,
         "crossing": 1.2,
-        "rider_bicycle": 0.5,
+        "rider_bicycle": 0.8,
         "rider_motorcycle": 0.4,
-        "bicycle": 0.5,
+        "bicycle": 0.9,
         "motorcycle": 0.4,
         "lamp": 0.9,
         "light": 0.8,
@@ -131,8 +127,8 @@ GTA5 = Style(
         eye=(1.3, 2.1),
         horizon=(0.42, 0.54),
         lateral=(-2.0, 2.5),
-        road=(6.5, 10.0),
-        walk=(2.5, 4.5),
+        road=(5.0, 8.0),
+        walk=(2.8, 5.0),
         setback=(0.0, 4.0),
         curve=(-0.005, 0.005),
         heading=(-0.1, 0.1),
@@ -145,18 +141,18 @@ GTA5 = Style(
         sky_top=((0.35, 0.55, 0.85), (0.5, 0.5, 0.65), (0.45, 0.6, 0.8)),
         sky_low=((0.8, 0.84, 0.86), (0.92, 0.75, 0.58), (0.85, 0.85, 0.82)),
         clouds=(0.0, 0.5),
-        sun=(0.6, 1.25),
-        shadow=(0.4, 0.7),
+        sun=(0.7, 1.15),
+        shadow=(0.25, 0.5),
         haze=(130.0, 350.0),
         haze_colour=(0.86, 0.82, 0.74),
         gain=(0.85, 1.15),
-        tint=(1.04, 1.0, 0.94),
+        tint=(1.02, 1.0, 0.96),
         blur=(0.0, 0.3),
         noise=(0.0, 0.008),
     ),
-    road=Material(((0.42, 0.40, 0.38), (0.5, 0.48, 0.45)), grain=0.06, slope=0.8, per_metre=20.0),
+    road=Material(((0.39, 0.385, 0.38), (0.47, 0.46, 0.44)), grain=0.06, slope=0.8, per_metre=20.0),
     sidewalk=Material(
-        ((0.66, 0.63, 0.58), (0.6, 0.58, 0.55)), pattern="grid", size=1.6, joint=-0.16, grain=0.03
+        ((0.66, 0.63, 0.58), (0.58, 0.56, 0.53), (0.48, 0.47, 0.46)), pattern="grid", size=1.6, joint=-0.16, grain=0.03
     ),
     terrain=Material(((0.55, 0.5, 0.28), (0.42, 0.5, 0.24)), grain=0.14, slope=0.6),
     marking=(0.9, 0.82, 0.45),
@@ -171,9 +167,7 @@ GTA5 = Style(
             weight=2.0,
         ),
         Facade(
-            Material(
-                ((0.45, 0.48, 0.52), (0.6, 0.56, 0.5)), pattern="grid", size=2.2, joint=-0.15, grain=0.02
-            ),
+            Material(((0.45, 0.48, 0.52), (0.6, 0.56, 0.5)), pattern="grid", size=2.2, joint=-0.15, grain=0.02),
             window=(0.9, 0.5),
             glass=((0.3, 0.4, 0.5), (0.5, 0.5, 0.42)),
             frame=None,
@@ -187,13 +181,11 @@ GTA5 = Style(
             shop=0.5,
         ),
     ),
-    barrier=Material(
-        ((0.7, 0.66, 0.58), (0.62, 0.56, 0.5)), pattern="grid", size=1.2, joint=-0.15, grain=0.04
-    ),
+    barrier=Material(((0.7, 0.66, 0.58), (0.62, 0.56, 0.5)), pattern="grid", size=1.2, joint=-0.15, grain=0.04),
     fence_colour=(0.55, 0.56, 0.56),
     fence_kind="mesh",
     foliage=Material(
-        ((0.3, 0.42, 0.16), (0.4, 0.46, 0.2)), jitter=0.08, grain=0.2, slope=0.5, per_metre=26.0
+        ((0.3, 0.42, 0.16), (0.4, 0.46, 0.2), (0.24, 0.32, 0.14)), jitter=0.08, grain=0.2, slope=0.5, per_metre=26.0
     ),
     trees="palm",
     trunk=(0.5, 0.4, 0.3),
@@ -202,28 +194,35 @@ GTA5 = Style(
     lamp="straight",
     signs="boards",
     light_box=(0.8, 0.62, 0.12),
-    cars=(("sedan", 1.5), ("low", 1.5), ("suv", 1.5), ("boxy", 0.5)),
-    car_colours=((0.6, 0.1, 0.1), (0.12, 0.13, 0.15), (0.85, 0.8, 0.7), (0.2, 0.35, 0.6), (0.8, 0.55, 0.15)),
+    cars=(("sedan", 1.5), ("low", 1.5), ("suv", 1.5), ("boxy", 0.5), ("wagon", 0.8)),
+    car_colours=(
+        (0.6, 0.1, 0.1),
+        (0.55, 0.56, 0.58),
+        (0.12, 0.13, 0.15),
+        (0.85, 0.8, 0.7),
+        (0.2, 0.35, 0.6),
+        (0.8, 0.55, 0.15),
+    ),
     bus_colours=((0.85, 0.85, 0.8), (0.25, 0.4, 0.6)),
     truck_colours=((0.85, 0.83, 0.8), (0.55, 0.3, 0.25), (0.3, 0.4, 0.35)),
     train_colours=((0.65, 0.66, 0.66), (0.75, 0.55, 0.2)),
     cloth=((0.85, 0.83, 0.8), (0.2, 0.25, 0.4), (0.7, 0.3, 0.25), (0.25, 0.25, 0.25), (0.5, 0.55, 0.35)),
     legs=((0.3, 0.35, 0.5), (0.6, 0.55, 0.45), (0.2, 0.2, 0.22)),
     density={
-        "parked": 0.2,
+        "parked": 0.28,
         "traffic": 2.6,
         "truck": 0.45,
         "bus": 0.2,
         "train": 0.12,
-        "person": 3.0,
+        "person": 5.0,
         "crossing": 0.6,
-        "rider_bicycle": 0.12,
+        "rider_bicycle": 0.45,
         "rider_motorcycle": 0.3,
-        "bicycle": 0.12,
+        "bicycle": 0.5,
         "motorcycle": 0.3,
-        "lamp": 0.7,
+        "lamp": 0.9,
         "light": 0.8,
-        "sign": 0.6,
+        "sign": 0.9,
         "tree": 0.8,
         "hedge": 0.4,
     },
@@ -305,9 +304,7 @@ CITYSCAPES = Style(
     barrier=Material(((0.48, 0.47, 0.45), (0.55, 0.52, 0.47)), grain=0.14, slope=1.2, per_metre=12.0),
     fence_colour=(0.38, 0.36, 0.33),
     fence_kind="planks",
-    foliage=Material(
-        ((0.2, 0.27, 0.13), (0.28, 0.32, 0.17)), jitter=0.1, grain=0.34, slope=0.9, per_metre=14.0
-    ),
+    foliage=Material(((0.2, 0.27, 0.13), (0.28, 0.32, 0.17)), jitter=0.1, grain=0.34, slope=0.9, per_metre=14.0),
     trees="ragged",
     trunk=(0.26, 0.24, 0.21),
     pole_colour=(0.42, 0.43, 0.42),
@@ -409,9 +406,7 @@ ROBOTCAR = Style(
             weight=2.0,
         ),
         Facade(
-            Material(
-                ((0.52, 0.3, 0.22), (0.48, 0.34, 0.26)), pattern="bricks", size=0.22, joint=0.12, grain=0.1
-            ),
+            Material(((0.52, 0.3, 0.22), (0.48, 0.34, 0.26)), pattern="bricks", size=0.22, joint=0.12, grain=0.1),
             window=(0.42, 0.5),
             glass=((0.24, 0.27, 0.32),),
             frame=(0.95, 0.95, 0.93),
@@ -426,9 +421,7 @@ ROBOTCAR = Style(
     barrier=Material(((0.6, 0.54, 0.42),), pattern="bricks", size=0.3, joint=-0.2, grain=0.12),
     fence_colour=(0.12, 0.13, 0.13),
     fence_kind="bars",
-    foliage=Material(
-        ((0.22, 0.34, 0.14), (0.3, 0.36, 0.16)), jitter=0.1, grain=0.3, slope=0.7, per_metre=16.0
-    ),
+    foliage=Material(((0.22, 0.34, 0.14), (0.3, 0.36, 0.16)), jitter=0.1, grain=0.3, slope=0.7, per_metre=16.0),
     trees="broad",
     trunk=(0.3, 0.26, 0.22),
     pole_colour=(0.2, 0.22, 0.22),

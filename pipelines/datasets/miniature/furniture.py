@@ -13,9 +13,7 @@ from pipelines.datasets.miniature.surfaces import pick
 from pipelines.datasets.miniature.textures import noise
 
 Rng = np.random.Generator
-_CIRCLE = np.stack(
-    [np.cos(np.linspace(0, 2 * np.pi, 13)[:-1]), np.sin(np.linspace(0, 2 * np.pi, 13)[:-1])], 1
-)
+_CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 13)[:-1]), np.sin(np.linspace(0, 2 * np.pi, 13)[:-1])], 1)
 
 
 def _rect(x: float, z: float, left: float, right: float, low: float, high: float) -> list[Point]:
@@ -37,9 +35,7 @@ def draw_lamp(canvas: Canvas, style: Style, rng: Rng, x: float, z: float, inward
     reach = inward * rng.uniform(1.2, 2.4)
     if style.lamp == "straight":
         sketch.polygon(_rect(x, z, min(0, reach), max(0, reach), height - 0.16, height), colour, label)
-        sketch.polygon(
-            _rect(x + reach, z, -0.35, 0.35, height - 0.3, height - 0.05), (0.85, 0.85, 0.8), label
-        )
+        sketch.polygon(_rect(x + reach, z, -0.35, 0.35, height - 0.3, height - 0.05), (0.85, 0.85, 0.8), label)
     elif style.lamp == "curved":
         knots = [(0.0, -0.6), (0.25, -0.1), (0.6, 0.15), (1.0, 0.2)]
         for (a, ya), (b, yb) in pairwise(knots):

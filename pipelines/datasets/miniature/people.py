@@ -13,9 +13,7 @@ from pipelines.datasets.miniature.textures import noise
 Rng = np.random.Generator
 _SKIN: tuple[Colour, ...] = ((0.85, 0.66, 0.54), (0.72, 0.52, 0.4), (0.45, 0.31, 0.23), (0.9, 0.72, 0.62))
 _HAIR: tuple[Colour, ...] = ((0.1, 0.08, 0.07), (0.3, 0.2, 0.12), (0.65, 0.5, 0.3), (0.5, 0.5, 0.5))
-_CIRCLE = np.stack(
-    [np.cos(np.linspace(0, 2 * np.pi, 13)[:-1]), np.sin(np.linspace(0, 2 * np.pi, 13)[:-1])], 1
-)
+_CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 13)[:-1]), np.sin(np.linspace(0, 2 * np.pi, 13)[:-1])], 1)
 
 
 class _Figure:
@@ -33,9 +31,7 @@ class _Figure:
     def disc(self, dx: float, y: float, rx: float, ry: float, colour: Colour | None, label: int) -> None:
         self.sketch.polygon([self.at(dx + rx * c, y + ry * s) for c, s in _CIRCLE], colour, label)
 
-    def limb(
-        self, a: tuple[float, float], b: tuple[float, float], thick: float, colour: Colour, label: int
-    ) -> None:
+    def limb(self, a: tuple[float, float], b: tuple[float, float], thick: float, colour: Colour, label: int) -> None:
         """A bar of the given thickness from a to b."""
         across = np.array([b[1] - a[1], a[0] - b[0]])
         norm = float(np.hypot(*across)) or 1.0
@@ -136,9 +132,7 @@ def _motorcycle(figure: _Figure, frame: Colour) -> None:
         figure.disc(hub, 0.32, 0.32, 0.32, dark, label)
         figure.disc(hub, 0.32, 0.15, 0.15, (0.5, 0.5, 0.5), label)
     figure.shape([(-0.5, 0.3), (0.45, 0.28), (0.4, 0.65), (-0.5, 0.62)], (0.25, 0.25, 0.26), label)
-    figure.shape(
-        [(-0.85, 0.72), (-0.1, 0.68), (0.3, 0.98), (0.55, 0.8), (0.4, 0.6), (-0.6, 0.58)], frame, label
-    )
+    figure.shape([(-0.85, 0.72), (-0.1, 0.68), (0.3, 0.98), (0.55, 0.8), (0.4, 0.6), (-0.6, 0.58)], frame, label)
     figure.shape([(-0.75, 0.76), (-0.05, 0.72), (-0.05, 0.84), (-0.7, 0.86)], dark, label)
     figure.limb((0.66, 0.32), (0.42, 1.08), 0.1, (0.45, 0.45, 0.45), label)
     figure.limb((0.25, 1.12), (0.5, 1.08), 0.08, dark, label)

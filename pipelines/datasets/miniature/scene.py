@@ -184,17 +184,13 @@ class _Street:
                 self._house((x, z), (x + step, z), 0.9)
             x += step * rng.uniform(0.9, 1.3)
 
-    def _house(
-        self, start: tuple[float, float], end: tuple[float, float], lit: float, deep: float = 0.0
-    ) -> None:
+    def _house(self, start: tuple[float, float], end: tuple[float, float], lit: float, deep: float = 0.0) -> None:
         """A building whose facade runs from start to end; `deep` adds the gable end that faces the camera."""
         rng, facades = self.rng, self.style.facades
         weights = np.array([f.weight for f in facades])
         index = int(rng.choice(len(facades), p=weights / weights.sum()))
         facade = facades[index]
-        height = (
-            int(rng.integers(facade.storeys[0], facade.storeys[1] + 1)) * float(np.mean(facade.storey)) + 0.6
-        )
+        height = int(rng.integers(facade.storeys[0], facade.storeys[1] + 1)) * float(np.mean(facade.storey)) + 0.6
         top = height + (rng.uniform(1.5, 3.0) if rng.random() < facade.gable else 0.0)
         shader = facade_shader(facade, self.style, rng, height, lit, index)
         self.canvas.wall(start, end, top, shader)
@@ -246,9 +242,7 @@ class _Street:
             self._tree(self._face(side, where, rng.uniform(1.5, 6.0)), where)
         if rng.random() < 0.7:
             back = rng.uniform(8.0, 16.0)
-            self._house(
-                (self._face(side, z, back), z), (self._face(side, end, back), end), lit, deep=side * 12.0
-            )
+            self._house((self._face(side, z, back), z), (self._face(side, end, back), end), lit, deep=side * 12.0)
 
     # --- what stands and moves on it ---
 
@@ -298,11 +292,7 @@ class _Street:
             row = rng.random() < 0.75
             while z < 55.0 and row and "car" not in self.absent:
                 x = self._kerb(side, z, 1.05)
-                if (
-                    rng.random() < style.density["parked"]
-                    and not self._in_crossing(z, 5.0)
-                    and self._free(x, z, 4.5)
-                ):
+                if rng.random() < style.density["parked"] and not self._in_crossing(z, 5.0) and self._free(x, z, 4.5):
                     reverse = (side < 0) != style.layout.drive_left
                     self._vehicle(draw_car, Pose(x, z, self._yaw(z, reverse)), self._lit(side))
                 z += rng.uniform(5.2, 6.5)

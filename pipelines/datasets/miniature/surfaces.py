@@ -67,9 +67,7 @@ def draw_sky(canvas: Canvas, style: Style, rng: Rng) -> None:
     light = style.light
     choice = int(rng.integers(len(light.sky_top)))
     height, width = canvas.ids.shape
-    t = np.clip(np.arange(height, dtype=np.float32) / max(canvas.camera.horizon, 1.0), 0.0, 1.0)[
-        :, None, None
-    ]
+    t = np.clip(np.arange(height, dtype=np.float32) / max(canvas.camera.horizon, 1.0), 0.0, 1.0)[:, None, None]
     sky = np.asarray(light.sky_top[choice]) * (1 - t) + np.asarray(light.sky_low[choice]) * t
     sky = np.broadcast_to(sky, (height, width, 3)).astype(np.float32)
     amount = rng.uniform(*light.clouds)
@@ -95,9 +93,7 @@ def draw_ground(canvas: Canvas, style: Style, ground: Ground, rng: Rng) -> None:
     x = (np.arange(cam.width, dtype=np.float32)[None, :] + 0.5 - cam.centre) * z / cam.focal
     side = (x - ground.course(z)).astype(np.float32)
     road = (side > -ground.road_left) & (side < ground.road_right)
-    walk = (
-        (side > -ground.road_left - ground.walk_left) & (side < ground.road_right + ground.walk_right) & ~road
-    )
+    walk = (side > -ground.road_left - ground.walk_left) & (side < ground.road_right + ground.walk_right) & ~road
     crossing = np.zeros_like(road)
     if ground.crossing is not None:
         crossing = (z > ground.crossing[0]) & (z < ground.crossing[1])
@@ -143,9 +139,7 @@ def _draw_markings(
         dashed = ((z + phase) % 9.0) < 4.5
         lines |= (np.abs(side - lane) < 0.09) & dashed
     if rng.random() < 0.5:
-        lines |= (np.abs(side + ground.road_left - 0.35) < 0.07) | (
-            np.abs(side - ground.road_right + 0.35) < 0.07
-        )
+        lines |= (np.abs(side + ground.road_left - 0.35) < 0.07) | (np.abs(side - ground.road_right + 0.35) < 0.07)
     if ground.crossing is not None:
         near = ground.crossing[0]
         lines |= (z > near - 3.5) & (z < near - 1.0) & (((side + 50.0) % 1.1) < 0.55)

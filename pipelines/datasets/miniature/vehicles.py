@@ -113,9 +113,7 @@ class _Body:
         nx, ny, nz = end[0] - self.pose.x, end[1], end[2] - self.pose.z
         return at[0] * nx + (at[1] - self.eye) * ny + at[2] * nz < 0
 
-    def extrude(
-        self, outline: Outline, width: float, colour: Colour, glass: tuple[int, ...], pane: Colour
-    ) -> int:
+    def extrude(self, outline: Outline, width: float, colour: Colour, glass: tuple[int, ...], pane: Colour) -> int:
         """Draw the hull; returns which flank is visible, −1 or 1."""
         half = width / 2
         faces: list[tuple[float, list[Point], Colour]] = []
@@ -159,9 +157,7 @@ class _Body:
             )
             self.flank_patch(points, across, colour)
 
-    def end_patch(
-        self, ahead: float, low: float, high: float, left: float, right: float, colour: Colour
-    ) -> None:
+    def end_patch(self, ahead: float, low: float, high: float, left: float, right: float, colour: Colour) -> None:
         """A rectangle on the rear (negative `ahead`) or front: lamps, number plate, windows."""
         if self.visible(self.pose.place(ahead, 1, 0), (float(np.sign(ahead)), 0.0, 0.0)):
             corners = [(low, left), (low, right), (high, right), (high, left)]
@@ -183,12 +179,8 @@ def _shadow(canvas: Canvas, pose: Pose, length: float, width: float, strength: f
     right, bottom = min(right, cam.width), min(bottom, cam.height)
     if right <= left or bottom <= top:
         return
-    u = (np.arange(left, right)[None, :] - (uv[:, 0].min() + uv[:, 0].max()) / 2) / max(
-        np.ptp(uv[:, 0]) / 2, 1
-    )
-    v = (np.arange(top, bottom)[:, None] - (uv[:, 1].min() + uv[:, 1].max()) / 2) / max(
-        np.ptp(uv[:, 1]) / 2, 1
-    )
+    u = (np.arange(left, right)[None, :] - (uv[:, 0].min() + uv[:, 0].max()) / 2) / max(np.ptp(uv[:, 0]) / 2, 1)
+    v = (np.arange(top, bottom)[:, None] - (uv[:, 1].min() + uv[:, 1].max()) / 2) / max(np.ptp(uv[:, 1]) / 2, 1)
     inside = np.clip(1.5 * (1.0 - (u**4 + v**4)), 0.0, 1.0).astype(np.float32)
     box = (slice(top, bottom), slice(left, right))
     free = canvas.depth[box] > pose.z
@@ -254,9 +246,7 @@ def draw_bus(canvas: Canvas, style: Style, rng: Rng, pose: Pose, sun: float) -> 
         step = (length - 0.6) / count
         for i in range(count):
             a = -half + 0.3 + i * step
-            body.flank_patch(
-                ((a, low), (a, high), (a + step * 0.88, high), (a + step * 0.88, low)), flank, pane
-            )
+            body.flank_patch(((a, low), (a, high), (a + step * 0.88, high), (a + step * 0.88, low)), flank, pane)
         for end in (-half - 0.02, half + 0.02):
             body.end_patch(end, low, high, -width * 0.42, width * 0.42, pane)
     body.end_patch(half + 0.02, height - 0.45, height - 0.1, -0.8, 0.8, (0.95, 0.75, 0.2))
@@ -281,11 +271,7 @@ def draw_truck(canvas: Canvas, style: Style, rng: Rng, pose: Pose, sun: float) -
     for part, at in sorted(parts, key=lambda item: -item[1].z):
         body = _Body(sketch, at, canvas.camera.eye, label, sun)
         if part == "cab":
-            flank = (
-                body.extrude(_box(1.9, 0.5, 2.55, 0.25), width * 0.94, colour, (), (0.1, 0.1, 0.1))
-                * width
-                * 0.47
-            )
+            flank = body.extrude(_box(1.9, 0.5, 2.55, 0.25), width * 0.94, colour, (), (0.1, 0.1, 0.1)) * width * 0.47
             body.flank_patch(((-0.5, 1.5), (-0.5, 2.3), (0.5, 2.3), (0.65, 1.5)), flank, (0.13, 0.15, 0.18))
             body.end_patch(0.97, 1.45, 2.3, -1.0, 1.0, (0.14, 0.17, 0.2))
             body.end_patch(0.98, 0.7, 0.95, -1.0, 1.0, (0.8, 0.8, 0.75))
@@ -333,9 +319,7 @@ def draw_train(canvas: Canvas, style: Style, rng: Rng, pose: Pose, sun: float) -
         body.end_patch(end, 0.6, 1.0, -width * 0.45, width * 0.45, skirt)
         for sign in (-1, 1):
             a, b = sorted((sign * 1.1, sign * 0.8))
-            body.end_patch(
-                end, 0.7, 0.95, a, b, (0.95, 0.9, 0.8) if end * np.cos(pose.yaw) > 0 else (0.8, 0.1, 0.08)
-            )
+            body.end_patch(end, 0.7, 0.95, a, b, (0.95, 0.9, 0.8) if end * np.cos(pose.yaw) > 0 else (0.8, 0.1, 0.08))
     body.end_patch(half, height - 0.6, height - 0.3, -0.7, 0.7, (0.95, 0.7, 0.15))
     sketch.finish(noise(style.seed + 50, 1.2), 0.05)
 

@@ -162,9 +162,7 @@ def _render_in_processes(benchmark: str, size: str, seed: int, root: Path, worke
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pipelines.datasets.miniature", benchmark, size, str(seed), str(root)]
     running = [
-        subprocess.Popen(
-            [*command, str(share), str(workers)], env=environment, stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(share), str(workers)], env=environment, stderr=subprocess.PIPE, text=True)
         for share in range(workers)
     ]
     try:

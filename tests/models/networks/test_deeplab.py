@@ -196,6 +196,22 @@ def test_upsampling_keeps_the_corners():
     assert both.main.shape == (1, 1, 5, 9)
 
 
+@pytest.mark.parametrize("grid", [(5, 9), (1, 4), (7, 1)])
+@pytest.mark.parametrize("size", [(17, 33), (1, 20), (5, 9), (3, 4)])
+def test_upsampling_for_training_gives_torchs_values_and_gradients(grid, size):
+    torch.manual_seed(0)
+    maps = torch.randn(2, 3, *grid, dtype=torch.float64)
+    weight = torch.randn(2, 3, *size, dtype=torch.float64)
+    ours, theirs = maps.clone().requires_grad_(), maps.clone().requires_grad_()
+    up = upsample(ours, size)
+    reference = nn.functional.interpolate(theirs, size=size, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(up, reference)
+    torch.testing.assert_close(upsample(maps, size), reference)
+    (up * weight).sum().backward()
+    (reference * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 # Optimiser groups (Q-SH-1).
 
 

@@ -39,11 +39,7 @@ def test_the_pretrained_init_fills_the_backbone_only():
 
 def test_an_imagenet_file_without_a_prefix_fits_too():
     ours, theirs = tiny(), tiny()
-    state = {
-        key: value
-        for key, value in theirs.state_dict().items()
-        if key.split(".")[0] not in ("layer5", "layer6")
-    }
+    state = {key: value for key, value in theirs.state_dict().items() if key.split(".")[0] not in ("layer5", "layer6")}
     load_backbone_init(ours, state | {"fc.weight": torch.zeros(1000, 2048)})
     assert torch.equal(ours.conv1.weight, theirs.conv1.weight)
 

@@ -34,9 +34,7 @@ def write_rgb16(path: Path, pixels: np.ndarray, filters: tuple[int, ...] = (0,))
     with path.open("wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(out))), (b"IEND", b"")):
-            file.write(
-                struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-            )
+            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)))
 
 
 def write_image(path: Path, width: int = 8, height: int = 6) -> np.ndarray:

@@ -30,6 +30,4 @@ def test_colours_are_the_papers():
 
 
 def test_ignored_pixels_are_painted_black():
-    assert CITYSCAPES_19.colourise(np.array([[0, IGNORE]], np.uint8)).tolist() == [
-        [[128, 64, 128], [0, 0, 0]]
-    ]
+    assert CITYSCAPES_19.colourise(np.array([[0, IGNORE]], np.uint8)).tolist() == [[[128, 64, 128], [0, 0, 0]]]

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+import torch
+
+from actors.errors import UnreadableImage
+from actors.evaluator import Scorer
+from models.networks.deeplab import DeepLab, DeepLabConfig
+from pipelines.views import network_input
+
+CONFIG = DeepLabConfig(
+    num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)
+)
+PROTOCOLS = {"4": (0, 1, 2, 3), "2": (0, 1)}
+
+
+class Reader:
+    """Random images, labels of another size with an ignored corner."""
+
+    def __init__(self, images=3, broken=()):
+        self.images, self.broken = images, broken
+
+    def __len__(self):
+        return self.images
+
+    def read(self, index, size):
+        if index in self.broken:
+            raise UnreadableImage(f"/data/{index}.png", "broken")
+        return np.random.default_rng([index, *size]).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+
+    def label(self, index):
+        label = np.random.default_rng([7, index]).integers(0, 3, (20, 36)).astype(np.uint8)
+        label[:4, :4] = 255
+        return label
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    made = DeepLab(CONFIG)
+    for head in made.heads():
+        torch.nn.init.normal_(head.classifier.weight, std=1.0)
+    return made.eval()
+
+
+def weights(made):
+    return {name: tensor.numpy() for name, tensor in made.state_dict().items()}
+
+
+def scorer(reader, views=((48, 32),), mirrored=False):
+    return Scorer(lambda: DeepLab(CONFIG), reader, network_input, views, mirrored, 4, PROTOCOLS, torch.device("cpu"))
+
+
+@torch.no_grad()
+def slow_prediction(made, reader, index, views, mirrored):
+    """Whole passes, one view after the other."""
+    total = 0
+    for view in views:
+        x = network_input(torch.from_numpy(reader.read(index, view))[None])
+        for flip in (False, True) if mirrored else (False,):
+            logits = made(x.flip(3) if flip else x)
+            p = (0.5 * logits.aux + logits.main).softmax(1)
+            p = p.flip(3) if flip else p
+            total = total + torch.nn.functional.interpolate(p, (20, 36), mode="bilinear", align_corners=True)
+    return total[0].argmax(0).numpy()
+
+
+def slow_ious(made, reader, views, mirrored):
+    ious = []
+    predictions = [slow_prediction(made, reader, i, views, mirrored) for i in range(len(reader))]
+    labels = [reader.label(i) for i in range(len(reader))]
+    for c in range(4):
+        both = sum(((p == c) & (y == c)).sum() for p, y in zip(predictions, labels, strict=True))
+        either = sum((((p == c) | (y == c)) & (y != 255)).sum() for p, y in zip(predictions, labels, strict=True))
+        ious.append(None if either == 0 else 100 * both / either)
+    return ious
+
+
+@pytest.mark.parametrize(("views", "mirrored"), [(((48, 32),), False), (((48, 32), (64, 40)), True)])
+def test_scores_are_those_of_one_confusion_matrix_over_the_set(views, mirrored):
+    made, reader = network(), Reader()
+    expected = slow_ious(made, reader, views, mirrored)
+    found = scorer(reader, views, mirrored).score(weights(made))
+    assert found["images"] == 3
+    for mine, theirs in zip(found["per_class"], expected, strict=True):
+        assert mine is theirs is None or mine == pytest.approx(theirs, abs=6e-4)
+    present = [v for v in expected if v is not None]
+    assert found["miou"] == found["protocols"]["4"] == pytest.approx(np.mean(present), abs=1e-3)
+    assert found["protocols"]["2"] == pytest.approx(np.mean([v for v in expected[:2] if v is not None]), abs=1e-3)
+
+
+def test_a_class_that_occurs_nowhere_has_no_score():
+    made = network()
+    with torch.no_grad():
+        for head in made.heads():
+            head.classifier.weight.zero_()
+    found = scorer(Reader()).score(weights(made))
+    assert found["per_class"][3] is None
+    assert found["per_class"][0] > 0
+
+
+def test_a_broken_validation_image_ends_the_score_by_name():
+    with pytest.raises(UnreadableImage, match=r"/data/1\.png"):
+        scorer(Reader(broken=(1,))).score(weights(network()))
+
+
+def test_adabn_changes_the_statistics_alone_and_leaves_broken_images_out():
+    made = network()
+    scores = scorer(Reader())
+    adapted = scores.with_statistics_of(weights(made), Reader(8, broken=(0, 5)), range(8), batch=4)
+    again = scores.with_statistics_of(weights(made), Reader(8, broken=(0, 5)), [1, 2, 3, 4, 6, 7], batch=3)
+    changed = {name for name, array in weights(made).items() if not np.array_equal(array, adapted[name])}
+    assert changed
+    assert all("running" in name or "tracked" in name for name in changed)
+    assert again.keys() == adapted.keys()

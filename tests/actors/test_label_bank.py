@@ -1,0 +1,445 @@
+import asyncio
+
+import numpy as np
+import pytest
+import ray
+from fakes import CLASSES, FakeSelection, LostError, Remote, header, label_plan, soon
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from actors.label_bank import LabelBank, LabelBook, effective_classes
+
+
+def book(images=8, rows=2, **plan):
+    return LabelBook(images, rows, label_plan(**plan))
+
+
+def fill(given, version=0):
+    for chunk in range(len(given.ranges)):
+        given.accept(header(chunk, version), f"block{chunk}v{version}")
+    return given
+
+
+def live_histogram(given):
+    return sum((e.histogram for e in given.entries.values()), np.zeros((CLASSES, 256), np.int64))
+
+
+class LabelBookMachine(RuleBasedStateMachine):
+    """Any order of starts, results, failures, losses and new versions."""
+
+    def __init__(self):
+        super().__init__()
+        self.book = LabelBook(9, 2, label_plan(selection=FakeSelection()))
+        self.newest = 0
+        self.in_flight = {}
+
+    @rule()
+    def publish(self):
+        self.newest += 1
+
+    @rule()
+    def start(self):
+        versions = {chunk: entry.version for chunk, entry in self.book.entries.items()}
+        chunk = self.book.next_chunk(self.newest)
+        if chunk is not None:
+            assert chunk not in self.in_flight
+            free = [c for c in range(5) if c not in self.in_flight]
+            assert versions.get(chunk, -1) == min(versions.get(c, -1) for c in free)
+            self.in_flight[chunk] = self.newest
+
+    @precondition(lambda self: self.in_flight)
+    @rule(pick=st.integers(0, 9), pixels=st.lists(st.integers(0, 9), min_size=CLASSES, max_size=CLASSES))
+    def finish(self, pick, pixels):
+        chunk = sorted(self.in_flight)[pick % len(self.in_flight)]
+        version = self.in_flight.pop(chunk)
+        before = self.book.entries.get(chunk)
+        if not self.book.accept(header(chunk, version, pixels), object()):
+            assert self.book.entries.get(chunk) is before is not None
+            assert version in self.book.blocked
+
+    @precondition(lambda self: self.in_flight)
+    @rule(pick=st.integers(0, 9))
+    def fail(self, pick):
+        chunk = sorted(self.in_flight)[pick % len(self.in_flight)]
+        del self.in_flight[chunk]
+        self.book.fail(chunk)
+
+    @rule(chunk=st.integers(0, 4), version=st.integers(0, 5))
+    def lose(self, chunk, version):
+        self.book.lose(chunk, version)
+
+    @invariant()
+    def the_histogram_is_the_sum_of_the_live_blocks(self):
+        np.testing.assert_array_equal(self.book.histogram, live_histogram(self.book))
+
+    @invariant()
+    def what_is_under_way_is_reserved(self):
+        assert self.book.busy == set(self.in_flight)
+
+    @invariant()
+    def thresholds_are_those_of_the_live_blocks(self):
+        expected = FakeSelection().thresholds(live_histogram(self.book))
+        np.testing.assert_array_equal(self.book.thresholds(), expected)
+
+
+LabelBookMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLabelBook = LabelBookMachine.TestCase
+
+
+def test_the_last_chunk_may_be_shorter():
+    assert book(images=7, rows=3).ranges == [(0, 3), (3, 6), (6, 7)]
+
+
+@pytest.mark.parametrize(("images", "rows"), [(0, 1), (1, 0)])
+def test_a_book_without_images_or_rows_is_refused(images, rows):
+    with pytest.raises(ValueError, match="needs images and rows"):
+        book(images, rows)
+
+
+def test_nothing_starts_before_weights_are_published():
+    assert book().next_chunk(None) is None
+
+
+def test_the_stalest_chunk_comes_first():
+    given = fill(book())
+    for chunk, version in ((0, 30), (1, 10), (2, 20), (3, 40)):
+        given.accept(header(chunk, version), "x")
+    assert [given.next_chunk(50) for _ in range(5)] == [1, 2, 0, 3, None]
+
+
+def test_a_chunk_that_never_had_a_label_comes_before_the_stalest():
+    given = book()
+    given.accept(header(0, 0), "x")
+    given.accept(header(2, 0), "x")
+    assert [given.next_chunk(5) for _ in range(4)] == [1, 3, 0, 2]
+
+
+def test_a_failed_call_frees_its_chunk_and_keeps_the_older_label():
+    given = fill(book(images=2))
+    assert given.next_chunk(5) == 0
+    assert given.next_chunk(5) is None
+    given.fail(0)
+    assert given.counters.failures == 1
+    assert given.entries[0].version == 0
+    assert given.next_chunk(5) == 0
+
+
+def test_a_lost_block_is_made_again_first():
+    given = fill(book(), version=7)
+    given.lose(2, version=7)
+    assert given.counters.lost_blocks == 1
+    assert not given.round_complete
+    assert given.next_chunk(7) == 2
+
+
+def test_a_block_that_was_replaced_meanwhile_is_not_lost():
+    given = fill(book(), version=7)
+    given.lose(2, version=3)
+    assert given.round_complete
+    assert given.counters.lost_blocks == 0
+
+
+def test_with_once_every_chunk_is_labelled_exactly_once():
+    given = book(refresh="once")
+    for _ in given.ranges:
+        given.accept(header(given.next_chunk(3), 3), "x")
+    assert given.round_complete
+    assert given.next_chunk(1000) is None
+
+
+@pytest.mark.parametrize(
+    ("pixels", "collapsed"),
+    [
+        ((100, 100, 100), False),
+        ((50, 50, 50), False),  # exactly half of the pixels
+        ((49, 50, 50), True),  # fewer than half
+        ((300, 0, 0), True),  # one class of three: 1 < 3 / 2
+        ((150, 150, 0), False),  # two of three
+        ((0, 0, 0), True),
+    ],
+)
+def test_collapsed_labels_are_refused_and_their_version_blocked(pixels, collapsed):
+    given = book(images=2)
+    given.accept(header(0, 1, (100, 100, 100)), "good")
+    given.next_chunk(2)
+    assert given.accept(header(0, 2, pixels), "new") is not collapsed
+    assert given.entries[0].block == ("good" if collapsed else "new")
+    assert given.blocked == ({2} if collapsed else set())
+    assert given.counters.collapsed_blocks == int(collapsed)
+    assert given.busy == set()
+    assert (given.next_chunk(2) is None) is True
+    assert given.next_chunk(3) == 0
+
+
+def test_the_first_labels_of_a_chunk_cannot_collapse():
+    given = book(images=2)
+    assert given.accept(header(0, 1, (0, 0, 0)), "empty")
+    assert given.accept(header(0, 2, (5, 0, 0)), "more")
+
+
+def test_one_odd_chunk_does_not_stop_the_labels_of_all_others():
+    """The first labels of one chunk were noise of many classes; every later version calms it down for good."""
+    given = book(images=20)
+    for chunk in range(10):
+        given.accept(header(chunk, 0, (100, 100, 100) if chunk == 0 else (290, 5, 5)), "x")
+    for version in range(1, 30):
+        while (chunk := given.next_chunk(version)) is not None:
+            given.accept(header(chunk, version, (290, 5, 5)), "x")
+    assert min(given.entries[chunk].version for chunk in range(1, 10)) > 20
+
+
+def test_thresholds_wait_for_the_round_and_then_stay():
+    given = book(refresh="once", selection=FakeSelection())
+    for chunk in range(3):
+        given.accept(header(chunk, 1, confidence=100), "x")
+        assert given.thresholds() is None
+    given.accept(header(3, 1, confidence=200), "x")
+    assert given.thresholds().tolist() == [125] * CLASSES
+
+
+def test_thresholds_follow_the_live_labels_when_they_are_made_continuously():
+    given = fill(book(selection=FakeSelection()))
+    assert given.thresholds().tolist() == [100] * CLASSES
+    given.accept(header(0, 1, confidence=200), "x")
+    assert given.thresholds().tolist() == [125] * CLASSES
+
+
+def test_a_rule_without_statistics_has_no_thresholds():
+    assert fill(book()).thresholds() is None
+
+
+def test_a_reader_is_told_only_what_is_new_to_it():
+    given = book()
+    given.accept(header(1, 5), "a")
+    given.accept(header(3, 6), "b")
+    assert given.delta(0) == [(1, ["a"], 5), (3, ["b"], 6)]
+    assert given.delta(1) == [(3, ["b"], 6)]
+    given.accept(header(1, 9), "c")
+    assert given.delta(2) == [(1, ["c"], 9)]
+    assert given.delta(given.sequence) == []
+
+
+def test_the_index_holds_versions_and_thresholds_and_no_pixels():
+    given = fill(book(selection=FakeSelection()), version=4)
+    assert given.index() == {
+        "versions": {"0": 4, "1": 4, "2": 4, "3": 4},
+        "images": 8,
+        "failures": 0,
+        "thresholds": [100] * CLASSES,
+    }
+
+
+def test_class_shares_are_those_of_the_live_labels():
+    given = book()
+    assert given.class_shares().tolist() == [0, 0, 0]
+    given.accept(header(0, 1, (6, 2, 0)), "x")
+    given.accept(header(1, 1, (0, 2, 0)), "x")
+    assert given.class_shares().tolist() == [0.6, 0.4, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [((5, 5, 5), 3.0), ((9, 0, 0), 1.0), ((0, 0, 0), 0.0), ((3, 1, 0), 4 / 3**0.75)],
+)
+def test_the_effective_number_of_classes(pixels, expected):
+    assert effective_classes(np.array(pixels)) == pytest.approx(expected)
+
+
+class FakeTeacher:
+    """Answers a call with a header and a block, or with what it is told to."""
+
+    def __init__(self, collapse_from=None):
+        self.calls, self.running, self.most, self.broken = [], 0, 0, False
+        self.collapse_from = collapse_from
+        self.label = Remote(self._label)
+
+    def _label(self, stage, chunk, start, stop, version, step):
+        self.calls.append((stage, chunk, start, stop, version, step))
+        return self._answer(chunk, version), f"block {chunk} of {version}"
+
+    async def _answer(self, chunk, version):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0.002)
+        self.running -= 1
+        if self.broken:
+            raise LostError
+        return header(chunk, version, seconds=0.002)
+
+
+class FakeBoard:
+    def __init__(self, version=None):
+        self.version = version
+        self.newest_version = Remote(lambda: soon(self.version))
+
+
+def bank(teachers, board, **plan):
+    return LabelBank({1: label_plan(**plan)}, 8, {1: 2}, teachers, board)
+
+
+async def until(condition, seconds=3.0):
+    for _ in range(int(seconds / 0.005)):
+        if await condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("did not happen in time")
+
+
+async def close(given):
+    for feeder in given.feeders:
+        feeder.cancel()
+    await asyncio.gather(*given.feeders, return_exceptions=True)
+
+
+def run(test):
+    asyncio.run(asyncio.wait_for(test(), 10))
+
+
+def test_the_first_poll_of_a_stage_begins_it_and_the_teachers_fill_it():
+    async def test():
+        teachers, board = [FakeTeacher(), FakeTeacher()], FakeBoard(40)
+        given = bank(teachers, board, refresh="once")
+        assert await given.status() == {}
+        first = await given.poll(1, 40, 0, 41)
+        assert (first.stage, first.entries, first.round_complete) == (1, [], False)
+
+        async def complete():
+            return (await given.poll(1, 40, 0, 41)).round_complete
+
+        await until(complete)
+        delta = await given.poll(1, 40, 0, 41)
+        assert sorted((c, v) for c, _, v in delta.entries) == [(c, 40) for c in range(4)]
+        assert sorted(c for t in teachers for _, c, *_ in t.calls) == [0, 1, 2, 3]
+        assert {(start, stop) for t in teachers for _, _, start, stop, *_ in t.calls} == {
+            (0, 2),
+            (2, 4),
+            (4, 6),
+            (6, 8),
+        }
+        assert max(t.most for t in teachers) <= 2
+        status = await given.status()
+        assert (status["labels_made"], status["coverage"]) == (8, 1.0)
+        await close(given)
+
+    run(test)
+
+
+def test_weights_from_before_the_stage_label_nothing():
+    async def test():
+        teacher, board = FakeTeacher(), FakeBoard(39)
+        given = bank([teacher], board)
+        await given.poll(1, 40, 0, 40)
+        await asyncio.sleep(0.15)
+        assert teacher.calls == []
+        board.version = 40
+
+        async def labelled():
+            return bool(teacher.calls)
+
+        await until(labelled)
+        await close(given)
+
+    run(test)
+
+
+def test_with_once_the_weights_of_the_stages_start_label_even_when_newer_ones_hang():
+    async def test():
+        teacher = FakeTeacher()
+        given = bank([teacher], FakeBoard(90), refresh="once")
+        await given.poll(1, 40, 0, 90)
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        assert {version for *_, version, _ in teacher.calls} == {40}
+        await close(given)
+
+    run(test)
+
+
+def test_continuous_labels_are_made_again_with_newer_weights():
+    async def test():
+        teacher, board = FakeTeacher(), FakeBoard(40)
+        given = bank([teacher], board)
+        await given.poll(1, 40, 0, 40)
+
+        async def all_of(version):
+            return given.book.round_complete and {e.version for e in given.book.entries.values()} == {version}
+
+        await until(lambda: all_of(40))
+        board.version = 50
+        await until(lambda: all_of(50))
+        await close(given)
+
+    run(test)
+
+
+def test_a_dead_teacher_is_a_number_and_another_one_does_its_work():
+    async def test():
+        dead, alive = FakeTeacher(), FakeTeacher()
+        dead.broken = True
+        given = bank([dead, alive], FakeBoard(40), refresh="once")
+        await given.poll(1, 40, 0, 40)
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        assert (await given.status())["teacher_failures"] >= 1
+        assert given.book.busy <= {0, 1, 2, 3}
+        await close(given)
+
+    run(test)
+
+
+def test_a_board_that_does_not_answer_is_asked_again():
+    async def test():
+        teacher, board = FakeTeacher(), FakeBoard(40)
+        board.newest_version = Remote(lambda: soon(error=ray.exceptions.RayError()))
+        given = bank([teacher], board)
+        await given.poll(1, 40, 0, 40)
+        await asyncio.sleep(0.1)
+        assert teacher.calls == []
+        board.newest_version = Remote(lambda: soon(40))
+
+        async def labelled():
+            return bool(given.book.entries)
+
+        await until(labelled)
+        await close(given)
+
+    run(test)
+
+
+def test_a_lost_block_is_made_again_by_the_teachers():
+    async def test():
+        given = bank([FakeTeacher()], FakeBoard(40), refresh="once")
+        await given.poll(1, 40, 0, 40)
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        before = given.book.sequence
+        await given.lost(2, 40)
+        assert not given.book.round_complete
+        await until(complete)
+        assert [c for c, _, _ in given.book.delta(before)] == [2]
+        await close(given)
+
+    run(test)
+
+
+def test_a_later_stage_starts_with_an_empty_book_and_an_earlier_one_does_not_come_back():
+    async def test():
+        given = LabelBank({1: label_plan(), 2: label_plan()}, 8, {1: 2, 2: 4}, [FakeTeacher()], FakeBoard(40))
+        await given.poll(1, 40, 0, 40)
+        await given.poll(2, 80, 0, 80)
+        assert len(given.book.ranges) == 2
+        await given.poll(1, 40, 0, 81)
+        assert given.stage == 2
+        await close(given)
+
+    run(test)

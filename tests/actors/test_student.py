@@ -1,0 +1,394 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from fakes import (
+    CLASSES,
+    FakeLink,
+    FakeStream,
+    TinyNetwork,
+    TinyObjective,
+    label_plan,
+    rate,
+    run_plan,
+    sgd,
+    stage,
+)
+
+from actors.checkpoints import CheckpointStore
+from actors.errors import RunError
+from actors.student import Student
+
+CPU = torch.device("cpu")
+
+
+def student(plan, link=None, rank=0, world=1):
+    return Student(plan, link or FakeLink(), rank, world, CPU)
+
+
+def losses(seen):
+    return [terms for terms, *_ in seen]
+
+
+class FakeView:
+    """Labels that are a function of the image's index and nothing else."""
+
+    def __init__(self, stage_index, stage_version, complete=True):
+        self.hits = self.misses = 0
+        self.wait_seconds = 0.0
+        self.ages = {}
+        self.polls, self.complete = [], complete
+
+    def poll(self, step, upcoming):
+        self.polls.append((step, upcoming.tolist()))
+
+    def wait_for_round(self, step, tick, poll_seconds=0.0):
+        return self.complete or not tick()
+
+    def get(self, index, step):
+        self.hits += 1
+        self.ages[1] = self.ages.get(1, 0) + 1
+        return np.random.default_rng([5, index]).integers(0, CLASSES, (8, 8)).astype(np.uint8), 0.5
+
+
+def two_stages(seen, folder, **more):
+    first = stage(seen, "first", steps=5, ema_decay=0.9, statistics="target")
+    second = stage(
+        seen,
+        "second",
+        steps=4,
+        labels=label_plan(),
+        ema_decay=0.5,
+        starts_from="teacher",
+        dropout=0.1,
+        statistics="target",
+    )
+    return run_plan(folder, (first, second), **more)
+
+
+def stop_when(seen, steps):
+    return lambda: len(seen) >= steps
+
+
+def link_for(stop_after=None):
+    return FakeLink(stop_after, views={1: FakeView})
+
+
+def always_look(monkeypatch):
+    monkeypatch.setattr("actors.student.STOP_CHECK_SECONDS", 0.0)
+
+
+def test_the_terms_are_summed_and_every_group_gets_its_own_rate(tmp_path):
+    """Two steps of SGD with momentum, by hand."""
+    seen = []
+    plan = run_plan(tmp_path, [stage(seen, steps=2, target=False)])
+    made = student(plan)
+    torch.manual_seed(plan.seed)
+    reference = TinyNetwork()
+    optimiser = torch.optim.SGD(
+        [
+            {"params": list(reference.conv.parameters())},
+            {"params": [*reference.norm.parameters(), *reference.classifier.parameters()]},
+        ],
+        lr=1.0,
+        momentum=0.9,
+    )
+    made.run()
+    for step, (_, info, batch, _) in enumerate(seen):
+        torch.manual_seed(info.seed)
+        reference.train()
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(reference(batch.source), batch.source_label).backward()
+        optimiser.param_groups[0]["lr"] = rate(step)
+        optimiser.param_groups[1]["lr"] = 10 * rate(step)
+        optimiser.step()
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(made.network.state_dict()[name], tensor)
+
+
+def test_several_terms_are_minimised_as_their_sum(tmp_path):
+    class Terms:
+        def losses(self, network, batch, info):
+            weight = network.conv.weight
+            return {"loss/a": weight.sum(), "loss/b": 2 * weight.sum(), "loss/c": -0.5 * weight.sum()}
+
+        def learn(self, info):
+            return {}
+
+        def state_dict(self):
+            return {}
+
+    made = student(run_plan(tmp_path, [stage(steps=1, target=False, objective=lambda context: Terms())]))
+    before = made.network.conv.weight.detach().clone()
+    made.run()
+    torch.testing.assert_close(made.network.conv.weight.detach(), before - rate(0) * 2.5)
+
+
+def test_every_step_sees_the_next_samples(tmp_path):
+    seen = []
+    student(run_plan(tmp_path, [stage(seen, steps=3), stage(seen, "next", steps=2)])).run()
+    stream = FakeStream("source", labelled=True)
+    expected = torch.cat([b.images for b in stream.batches(0, 5, 4, 0, 1)]).permute(0, 3, 1, 2) / 255 - 0.5
+    torch.testing.assert_close(torch.cat([batch.source for _, _, batch, _ in seen]), expected)
+    assert [info.stage_step for _, info, *_ in seen] == [0, 1, 2, 0, 1]
+    assert len({info.seed for _, info, *_ in seen}) == 5
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_stopped_and_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, stop):
+    always_look(monkeypatch)
+    whole, parts = [], []
+    reference = student(two_stages(whole, tmp_path / "whole"), link_for())
+    reference.run()
+    first = student(two_stages(parts, tmp_path / "parts"), link_for(stop_when(parts, stop))).run()
+    assert (first["stopped"], first["step"]) == (True, stop)
+    assert len(parts) == stop
+    torch.manual_seed(99)
+    second = student(two_stages(parts, tmp_path / "parts"), link_for())
+    assert second.run()["step"] == 9
+    assert losses(parts) == losses(whole)
+    for name, tensor in reference.network.state_dict().items():
+        torch.testing.assert_close(second.network.state_dict()[name], tensor, rtol=0, atol=0)
+    taught = [
+        CheckpointStore(tmp_path / name / "checkpoints").newest()["teaching"]["network"] for name in ("whole", "parts")
+    ]
+    for name, tensor in taught[0].items():
+        torch.testing.assert_close(taught[1][name], tensor, rtol=0, atol=0)
+
+
+def test_a_killed_run_resumes_from_its_newest_checkpoint(tmp_path):
+    whole, parts = [], []
+    student(two_stages(whole, tmp_path / "whole", checkpoint_every=2), link_for()).run()
+
+    class KilledError(Exception):
+        pass
+
+    class Dying(TinyObjective):
+        def losses(self, network, batch, info):
+            if len(parts) == 8:
+                raise KilledError
+            return super().losses(network, batch, info)
+
+    plan = two_stages(parts, tmp_path / "parts", checkpoint_every=2)
+    for item in plan.stages:
+        object.__setattr__(item, "objective", partial(Dying, seen=parts))
+    with pytest.raises(KilledError):
+        student(plan, link_for()).run()
+    store = CheckpointStore(tmp_path / "parts" / "checkpoints")
+    step = store.steps()[-1]
+    assert step in (6, 8)
+    again = []
+    student(two_stages(again, tmp_path / "parts"), link_for()).run()
+    assert losses(again) == losses(whole)[step:]
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    seen = []
+    student(two_stages(seen, tmp_path), link_for()).run()
+    count, link = len(seen), link_for()
+    assert student(two_stages(seen, tmp_path), link).run()["step"] == 9
+    assert len(seen) == count
+    assert link.publisher.published == []
+
+
+def test_the_tally_goes_on_after_a_resume(tmp_path, monkeypatch):
+    always_look(monkeypatch)
+    seen = []
+    student(two_stages(seen, tmp_path), link_for(stop_when(seen, 7))).run()
+    made = student(two_stages(seen, tmp_path), link_for())
+    summary = made.run()
+    assert made.tally.samples == 9 * 2 * 4
+    assert summary["labels_read"] == 4 * 4
+
+
+def test_a_stage_without_a_dropout_rate_has_the_networks_own(tmp_path, monkeypatch):
+    """Whatever ran before it: a resumed run knows only its own stage."""
+    always_look(monkeypatch)
+    rates = []
+
+    class Watching(TinyObjective):
+        def losses(self, network, batch, info):
+            rates.append(network.dropout.p)
+            return super().losses(network, batch, info)
+
+    stages = [stage(name=n, steps=2, dropout=d, objective=Watching) for n, d in (("one", 0.9), ("two", None))]
+    student(run_plan(tmp_path, stages)).run()
+    assert rates == [0.9, 0.9, 0.3, 0.3]
+
+
+def test_modules_of_a_later_stages_objective_start_equal_on_every_rank(tmp_path):
+    """Only their gradients are averaged, so students that start apart stay apart."""
+    begun = []
+    for rank in (0, 1):
+        seen = []
+        stages = [stage(seen, steps=2), stage(seen, "next", steps=1)]
+        student(run_plan(tmp_path / str(rank), stages), rank=rank).run()
+        begun.append(seen[-1][3].first)
+    for mine, theirs in zip(*begun, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_later_stage_can_start_from_the_published_weights(tmp_path):
+    starts = {}
+
+    class Watching(TinyObjective):
+        def losses(self, network, batch, info):
+            starts.setdefault(len(starts), network.conv.weight.detach().clone())
+            return super().losses(network, batch, info)
+
+    first = stage(name="one", steps=3, ema_decay=0.9)
+    second = stage(name="two", steps=1, starts_from="teacher", objective=Watching)
+    link = FakeLink()
+    student(run_plan(tmp_path, [first, second]), link).run()
+    published = next(weights for version, _, _, weights in link.publisher.published if version == 3)
+    torch.testing.assert_close(starts[0], published["conv.weight"])
+
+
+def test_weights_are_published_at_the_start_in_between_and_at_the_end(tmp_path):
+    link = FakeLink()
+    plan = run_plan(tmp_path, [stage(steps=5), stage(name="next", steps=2)], publish_every=2, evaluate_every=4)
+    student(plan, link).run()
+    assert [(version, pin) for version, pin, *_ in link.publisher.published] == [
+        (0, True),
+        (2, False),
+        (4, False),
+        (5, False),
+        (5, True),
+        (6, False),
+        (7, False),
+    ]
+    assert [version for version, _, score, _ in link.publisher.published if score] == [4]
+
+
+def test_only_the_first_rank_writes_and_publishes(tmp_path):
+    link = FakeLink()
+    link.publisher = None
+    student(run_plan(tmp_path, [stage(steps=2)]), link, rank=1).run()
+    assert link.lines == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_bank_is_asked_for_the_samples_of_the_coming_batches(tmp_path):
+    views = []
+
+    def view(*arguments):
+        views.append(FakeView(*arguments))
+        return views[-1]
+
+    stages = [stage(steps=3), stage(name="next", steps=2, labels=label_plan())]
+    student(run_plan(tmp_path, stages), FakeLink(views={1: view})).run()
+    assert views[0].polls == [(step, list(range(4 * step, 4 * step + 8 * 4))) for step in (3, 4)]
+
+
+def test_pseudo_labels_reach_the_objective_with_their_weights(tmp_path):
+    seen = []
+    student(run_plan(tmp_path, [stage(seen, steps=1, labels=label_plan())]), FakeLink(views={0: FakeView})).run()
+    batch = seen[0][2]
+    expected = np.stack([FakeView(0, 0).get(i, 0)[0] for i in range(4)])
+    np.testing.assert_array_equal(batch.pseudo_label.numpy(), expected)
+    assert batch.pseudo_label.dtype == torch.int64
+    assert batch.pseudo_weight.tolist() == [0.5] * 4
+
+
+def test_a_labelled_target_stream_is_its_own_label(tmp_path):
+    seen = []
+    streams = {"target": FakeStream("oracle", labelled=True)}
+    student(run_plan(tmp_path, [stage(seen, steps=1, streams=streams)])).run()
+    batch = seen[0][2]
+    assert batch.source is None
+    assert batch.pseudo_weight.tolist() == [1.0] * 4
+    assert set(batch.pseudo_label.unique().tolist()) <= set(range(CLASSES))
+
+
+def test_a_batch_that_the_students_cannot_share_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"stage first has batches of 4, which 3 students .* divides 4"):
+        student(run_plan(tmp_path, [stage()]), world=3)
+
+
+def test_unreadable_images_are_named_once_and_counted(tmp_path):
+    streams = {"source": FakeStream("source", labelled=True, broken={1: ("/data/bad.png",), 9: ("/data/bad.png",)})}
+    link = FakeLink()
+    summary = student(run_plan(tmp_path, [stage(steps=3, streams=streams)]), link).run()
+    assert summary["skipped"] == ["/data/bad.png"]
+    assert link.said == ["skipped an unreadable image: /data/bad.png"]
+
+
+def test_more_than_one_percent_of_unreadable_images_ends_the_run(tmp_path):
+    broken = {position: (f"/data/{position}.png",) for position in range(0, 12, 2)}
+    streams = {"source": FakeStream("source", labelled=True, images=500, broken=broken)}
+    with pytest.raises(RunError, match=r"6 of 500 images cannot be read, more than 1%: /data/0\.png, /data/2\.png"):
+        student(run_plan(tmp_path, [stage(steps=3, streams=streams)])).run()
+
+
+def test_exactly_one_percent_is_still_borne(tmp_path):
+    broken = {position: (f"/data/{position}.png",) for position in range(5)}
+    streams = {"source": FakeStream("source", labelled=True, images=500, broken=broken)}
+    assert len(student(run_plan(tmp_path, [stage(steps=3, streams=streams)])).run()["skipped"]) == 5
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tmp_path):
+    plan = run_plan(tmp_path, [stage(steps=4, objective=lambda context: TinyObjective(context, scale=float("nan")))])
+    with pytest.raises(RunError, match=r"no finite number any more at step 2 .*loss/source"):
+        student(plan).run()
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    student(run_plan(tmp_path, [stage(steps=1)])).run()
+    other = run_plan(tmp_path, [stage(steps=2)], network=lambda: TinyNetwork(channels=6))
+    with pytest.raises(RunError, match=r"is of another network \(for example .* differs\)"):
+        student(other).run()
+
+
+def test_a_full_disk_is_told_and_does_not_end_the_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    link = FakeLink()
+    assert student(run_plan(tmp_path, [stage(steps=2)]), link).run()["step"] == 2
+    assert "could not be written" in link.said[0]
+
+
+def test_a_stop_while_waiting_for_the_round_returns(tmp_path):
+    view = partial(FakeView, complete=False)
+    plan = run_plan(tmp_path, [stage(steps=2, labels=label_plan(refresh="once"))])
+    made = student(plan, FakeLink(stop_after=lambda: True, views={0: view}))
+    assert made.run()["stopped"]
+    assert made.step == 0
+
+
+def test_metrics_are_means_since_the_last_line(tmp_path):
+    seen, link = [], FakeLink()
+    student(run_plan(tmp_path, [stage(seen, steps=5)], log_every=2), link).run()
+    lines = [(step, numbers) for kind, step, numbers in link.lines if kind == "train"]
+    assert [step for step, _ in lines] == [2, 4, 5]
+    for (step, numbers), part in zip(lines, (seen[:2], seen[2:4], seen[4:]), strict=True):
+        for name in ("loss/source", "loss/critic"):
+            assert numbers[name] == pytest.approx(np.mean([terms[name] for terms in losses(part)]), rel=1e-5)
+        assert numbers["loss"] == pytest.approx(numbers["loss/source"] + numbers["loss/critic"], rel=1e-5)
+        assert numbers["learning_rate"] == pytest.approx(rate(step - 1))
+
+
+def test_every_rank_reports_at_the_same_steps(tmp_path):
+    reports = []
+    for rank in (0, 1):
+        link = FakeLink()
+        student(
+            run_plan(tmp_path / str(rank), [stage(steps=4), stage(name="b", steps=2)], checkpoint_every=2), link, rank
+        ).run()
+        reports.append([(r["step"], r["stage"]) for r in link.reports])
+    assert reports[0] == reports[1] == [(2, 0), (4, 1), (6, 1)]
+
+
+def test_the_optimiser_is_built_anew_for_every_stage(tmp_path):
+    built = []
+
+    def optimiser(network):
+        built.append(sgd(network))
+        return built[-1]
+
+    student(
+        run_plan(tmp_path, [stage(steps=1, optimiser=optimiser), stage(name="b", steps=1, optimiser=optimiser)])
+    ).run()
+    assert len(built) == 2

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from fakes import SHAPE, FakeRule, TinyNetwork, label_plan
+
+from actors.errors import UnreadableImage
+from actors.records import decode
+from actors.teacher import Labeller, label_seed, load_weights
+
+
+class Reader:
+    def __init__(self, images=10, broken=()):
+        self.image_ids = [f"city/{i}" for i in range(images)]
+        self.broken = broken
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def read(self, index, size):
+        if index in self.broken:
+            raise UnreadableImage(f"/data/{index}.png", "broken")
+        pixels = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3))
+        return pixels.astype(np.uint8)
+
+
+def labeller(version=5, seed=0, batch=4, **reader):
+    made = Labeller(TinyNetwork, Reader(**reader), {1: label_plan()}, seed, torch.device("cpu"), batch)
+    made.version = version
+    return made
+
+
+def rows(made, start, stop):
+    table = made.label(1, 0, start, stop, step=9)[1]
+    return {start + row: decode(table, row) for row in range(stop - start)}
+
+
+def test_a_seed_is_a_function_of_run_image_and_version():
+    seeds = {label_seed(*a) for a in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2)]}
+    assert len(seeds) == 4
+    assert label_seed(0, "a", 1) == label_seed(0, "a", 1)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_labels_do_not_depend_on_the_chunk_the_batch_or_the_teacher():
+    whole = rows(labeller(batch=4), 0, 10)
+    for other in (rows(labeller(batch=1), 0, 10), {**rows(labeller(batch=3), 0, 3), **rows(labeller(batch=7), 3, 10)}):
+        for index in range(10):
+            np.testing.assert_array_equal(other[index]["label"], whole[index]["label"])
+            np.testing.assert_array_equal(other[index]["confidence"], whole[index]["confidence"])
+
+
+def test_another_version_or_seed_gives_other_labels():
+    base = rows(labeller(), 0, 10)
+    for other in (rows(labeller(version=6), 0, 10), rows(labeller(seed=1), 0, 10)):
+        assert any((other[i]["label"] != base[i]["label"]).any() for i in range(10))
+
+
+def test_the_header_sums_up_the_block():
+    header, table = labeller().label(1, 3, 4, 10, step=9)
+    assert (header.chunk, header.version, header.images, header.skipped) == (3, 5, 6, ())
+    assert table.column("image_id").to_pylist() == [f"city/{i}" for i in range(4, 10)]
+    np.testing.assert_array_equal(header.class_pixels, np.sum(table.column("class_pixels").to_pylist(), 0))
+    expected = np.zeros((3, 256), np.int64)
+    for row in range(6):
+        record = decode(table, row)
+        np.add.at(expected, (record["label"], record["confidence"]), 1)
+    np.testing.assert_array_equal(header.histogram, expected)
+    assert set(table.column("weights_version").to_pylist()) == {5}
+    assert set(table.column("made_at_step").to_pylist()) == {9}
+
+
+def test_an_unreadable_image_is_withheld_named_and_left_out_of_the_statistics():
+    clean, broken = labeller(), labeller(broken=(2,))
+    header, table = broken.label(1, 0, 0, 6, step=9)
+    assert header.skipped == ("/data/2.png",)
+    assert (decode(table, 2)["label"] == 255).all()
+    assert table.column("class_pixels").to_pylist()[2] == [0, 0, 0]
+    assert header.histogram.sum() == 5 * SHAPE[0] * SHAPE[1]
+    for row in (0, 1, 3, 4, 5):
+        np.testing.assert_array_equal(decode(table, row)["label"], rows(clean, 0, 6)[row]["label"])
+
+
+def test_a_teacher_without_weights_does_not_label():
+    with pytest.raises(RuntimeError, match="before it had weights"):
+        labeller(version=None).label(1, 0, 0, 1, 0)
+
+
+def test_loaded_weights_are_copies():
+    network, other = TinyNetwork(), TinyNetwork()
+    weights = {name: tensor.numpy().copy() for name, tensor in other.state_dict().items()}
+    for array in weights.values():
+        array.flags.writeable = False
+    load_weights(network, weights)
+    for name, tensor in other.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], tensor)
+    with torch.no_grad():
+        network.conv.weight.add_(1)
+    torch.testing.assert_close(other.conv.weight, torch.from_numpy(weights["conv.weight"].copy()))
+
+
+def test_a_new_version_replaces_the_weights():
+    made, other = labeller(version=None), TinyNetwork()
+    made.load(8, {name: tensor.numpy() for name, tensor in other.state_dict().items()})
+    assert made.version == 8
+    torch.testing.assert_close(made.network.conv.weight, other.conv.weight, check_stride=False)
+    assert FakeRule().layout == made.plans[1].rule.layout

@@ -1,0 +1,95 @@
+import ast
+import dataclasses
+import inspect
+import itertools
+
+import pytest
+import tomli_w
+
+from actors.errors import RunError
+from pipelines.options import AdaptOptions, read_config, write_config
+from pipelines.recipes.eplc import EplcOptions
+from pipelines.recipes.mrnet import MrnetOptions
+
+
+def test_a_config_is_read_as_it_was_written(tmp_path):
+    options = AdaptOptions(
+        benchmark="gta2city",
+        recipe="mrnet",
+        steps=50,
+        seed=4,
+        faithful=True,
+        name="run",
+        runs=str(tmp_path),
+        eplc=EplcOptions(selection="std", passes=3),
+        mrnet=MrnetOptions(memory=0.2),
+    )
+    write_config(options)
+    assert read_config(tmp_path / "run") == options
+
+
+def test_a_run_that_was_moved_is_where_it_is_now(tmp_path):
+    write_config(AdaptOptions(name="run", runs=str(tmp_path)))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert read_config(tmp_path / "moved").folder() == tmp_path / "moved"
+
+
+def test_a_folder_without_a_config_is_no_run(tmp_path):
+    with pytest.raises(RunError, match="is no run directory"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"magic": 1}, "magic"),
+        ({"eplc": {"magic": 1}}, "magic"),
+        ({"eplc": {"passes": 0}}, "passes is 0"),
+        ({"students": 0}, "--students is 0"),
+        ({"students": "two"}, "cannot be read"),
+    ],
+)
+def test_a_config_that_this_version_does_not_know_is_refused(tmp_path, changes, text):
+    (tmp_path / "config.toml").write_bytes(tomli_w.dumps(changes).encode())
+    with pytest.raises(RunError, match=text):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"this is = not [ toml", b"\xff\xfe\x00"])
+def test_a_damaged_config_is_refused(tmp_path, content):
+    (tmp_path / "config.toml").write_bytes(content)
+    with pytest.raises(RunError, match=r"config\.toml cannot be read"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"refresh": "sometimes"}, {"preset": "huge"}, {"references": "maybe"}])
+def test_a_config_with_a_value_that_the_command_line_refuses_is_refused(tmp_path, changes):
+    (tmp_path / "config.toml").write_bytes(tomli_w.dumps(changes).encode())
+    with pytest.raises(RunError):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [{"students": 0}, {"teachers": 0}, {"threads": 0}, {"seed": -1}])
+def test_impossible_numbers_are_refused_by_the_options_name(bad):
+    with pytest.raises(RunError, match=f"--{next(iter(bad))} is"):
+        AdaptOptions(**bad)
+
+
+def test_the_preset_follows_the_data():
+    assert AdaptOptions().resolved_preset == "mini"
+    assert AdaptOptions(data_root="/data").resolved_preset == "full"
+    assert AdaptOptions(data_root="/data", preset="tiny").resolved_preset == "tiny"
+
+
+def test_a_run_without_a_name_has_no_folder():
+    with pytest.raises(RunError, match="no name yet"):
+        AdaptOptions().folder()
+
+
+def test_every_option_has_a_sentence_of_help():
+    for kind in (AdaptOptions, EplcOptions, MrnetOptions):
+        body = ast.parse(inspect.getsource(kind)).body[0].body
+        fields = {field.name for field in dataclasses.fields(kind)}
+        for here, behind in itertools.pairwise(body):
+            if isinstance(here, ast.AnnAssign) and here.target.id in fields:
+                assert isinstance(behind, ast.Expr), f"{kind.__name__}.{here.target.id} has no help"

@@ -1,0 +1,390 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from actors.checkpoints import snapshot
+from actors.errors import RunError
+from actors.protocols import Batch, ObjectiveContext, StepInfo
+from models.networks.deeplab import DeepLab, DeepLabConfig
+from pipelines.benchmarks import benchmark
+from pipelines.recipes import RECIPES, recipe
+from pipelines.recipes.eplc import EplcOptions, RectifiedObjective
+from pipelines.recipes.mrnet import AlignmentObjective, MrnetOptions
+from pipelines.recipes.recipe import Ingredients, preset
+from pipelines.recipes.supervised import SegmentationTerm, SupervisedObjective, reference_stages
+
+CLASSES = 5
+CROP = (32, 24)
+CONTEXT = ObjectiveContext(torch.device("cpu"), lambda parameters: None)
+CONFIG = DeepLabConfig(
+    num_classes=CLASSES,
+    layers=(1, 1, 1, 1),
+    width=4,
+    branch_channels=8,
+    bottleneck_channels=16,
+    groups=4,
+    dilations=(1, 2),
+)
+
+
+class Opener:
+    """Remembers what a recipe asked for."""
+
+    def __init__(self, name):
+        self.name, self.asked = name, []
+
+    def __call__(self, size, view):
+        self.asked.append((size, view))
+        return (self.name, size, view)
+
+
+def ingredients(size, bench="gta2city", **more):
+    pair = benchmark(bench)
+    defaults = {
+        "preset": preset(size, pair),
+        "num_classes": len(pair.classes.names),
+        "seed": 3,
+        "faithful": False,
+        "refresh": "continuous",
+        "source": Opener("source"),
+        "target": Opener("target"),
+        "target_labelled": None,
+    }
+    return Ingredients(**{**defaults, **more})
+
+
+def stages(name, options, **more):
+    return recipe(name).stages(ingredients("full", **more), options)
+
+
+def test_the_published_schedule_of_stage_one():
+    (stage,) = stages("mrnet", MrnetOptions())
+    assert (stage.steps, stage.batch) == (25_000, 2)
+    for step, rate in ((0, 2.0e-5), (5_000, 1.90977e-4), (24_999, 1.54378e-4)):
+        assert stage.learning_rate(step) == pytest.approx(rate, rel=1e-4)
+    assert stage.learning_rate(50_000) == pytest.approx(1.07177e-4, rel=1e-4)
+    assert stage.dropout == 0.1
+
+
+def test_the_published_schedule_of_stage_two():
+    first, second = stages("eplc", EplcOptions())
+    assert (first.steps, second.steps, second.batch) == (25_000, 50_000, 9)
+    assert second.learning_rate(0) == pytest.approx(1.0e-5)
+    assert second.learning_rate(25_000) == pytest.approx(1e-4 * 0.75**0.9)
+    assert second.dropout == 0.2
+
+
+@pytest.mark.parametrize(
+    ("bench", "source", "target", "second", "values"),
+    [
+        ("gta2city", (1280, 720), (1024, 512), (1280, 640), 10),
+        ("synthia2city", (1280, 720), (1024, 512), (1280, 720), 10),
+        ("city2robot", (1280, 720), (1280, 960), (1280, 960), 4),
+    ],
+)
+def test_the_published_views(bench, source, target, second, values):
+    """Sizes, crops, jitter and mirror of methods 2.4."""
+    first, last = stages("eplc", EplcOptions(), bench=bench)
+    assert first.streams["source"][1] == source
+    assert first.streams["target"][1] == target
+    assert last.streams["target"][1] == second
+    view = first.streams["source"][2]
+    assert (view.crop, view.flip, view.more_than_values) == ((1024, 512), 0.5, 10)
+    view = first.streams["target"][2]
+    assert (view.crop, view.flip, view.jitter, view.more_than_values) == ((1024, 512), 0.0, (1.0, 1.0), 0)
+    view = last.streams["target"][2]
+    assert (view.crop, view.flip, view.jitter, view.more_than_values) == ((512, 256), 0.5, (0.8, 1.2), values)
+
+
+@pytest.mark.parametrize(("bench", "jitter"), [("gta2city", (0.8, 1.2)), ("city2robot", (1.0, 1.0))])
+def test_only_rendered_sources_are_jittered_in_stage_one(bench, jitter):
+    """Methods 2.4: Cityscapes as a source is resized to 1280x720, fixed."""
+    (stage,) = stages("mrnet", MrnetOptions(), bench=bench)
+    assert stage.streams["source"][2].jitter == jitter
+
+
+@pytest.mark.parametrize(
+    ("bench", "label", "labelled", "scored"),
+    [
+        ("gta2city", (1024, 512), ((1024, 512), (1280, 640)), ((1024, 512), (1280, 640))),
+        ("city2robot", (1280, 960), ((1280, 960), (1600, 1200)), ((1280, 960), (1024, 768))),
+    ],
+)
+def test_the_published_label_and_score_views(bench, label, labelled, scored):
+    full = preset("full", benchmark(bench))
+    assert (full.label_size, full.label_views, full.score_views) == (label, labelled, scored)
+    assert full.score_mirrored
+    assert full.network == DeepLabConfig(num_classes=9 if bench == "city2robot" else 19)
+
+
+def test_the_published_weights():
+    given = MrnetOptions()
+    assert (given.adversarial_aux, given.adversarial_main, given.memory) == (2e-4, 1e-3, 0.1)
+    assert (given.gradient_penalty, given.discriminator_rate) == (0.01, 1e-4)
+    term = SegmentationTerm(19)
+    assert (term.hard_percentile, term.max_value, term.small_class_pixels) == (80.0, 7.0, 4096)
+    rule = stages("eplc", EplcOptions(selection="std"))[1].labels.rule
+    assert (rule.passes, rule.dropout, rule.threshold, rule.max_std) == (5, 0.1, 0.8, 0.05)
+
+
+def test_small_classes_scale_with_the_crops_area():
+    assert SegmentationTerm(19).balance((1024, 512)).small_class_pixels == 4096
+    assert SegmentationTerm(19).balance((512, 256)).small_class_pixels == 1024
+
+
+def test_the_faithful_run_is_the_published_one():
+    first, second = stages("eplc", EplcOptions(), faithful=True)
+    assert (first.ema_decay, first.statistics) == (None, "running")
+    assert (second.ema_decay, second.statistics) == (None, "running")
+    assert set(second.streams) == {"target"}
+    assert second.labels.selection is None
+    assert second.labels.rule.keep == "mean"
+    view = second.streams["target"][2]
+    assert view.colour == 0.0
+
+
+def test_published_options_keep_a_rule_that_was_published():
+    options = EplcOptions(selection="std", keep_share=0.3).published()
+    assert (options.selection, options.mixing, options.source_weight, options.teacher) == (
+        "std",
+        "none",
+        0.0,
+        "student",
+    )
+    assert EplcOptions().published().selection == "mean"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"keep_share": 0.0},
+        {"keep_share": 1.1},
+        {"passes": 0},
+        {"label_dropout": 1.0},
+        {"mixing": "classes", "source_weight": 0.0},
+        {"threshold": 80.0},
+        {"threshold": -0.1},
+        {"max_std": -0.1},
+        {"sure": 2.0},
+        {"dropout": 1.5},
+        {"source_weight": -1.0},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused_before_anything_starts(bad):
+    """Inside a teacher or the bank they would fail at every call, and nobody would say so."""
+    with pytest.raises(RunError, match=next(iter(bad))):
+        EplcOptions(**bad)
+
+
+@pytest.mark.parametrize("bad", [{"dropout": 1.0}, {"discriminator_rate": -1.0}], ids=str)
+def test_impossible_options_of_stage_one_are_refused(bad):
+    with pytest.raises(RunError, match=next(iter(bad))):
+        MrnetOptions(**bad)
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(RunError, match="unknown recipe 'magic'; known are eplc, mrnet"):
+        recipe("magic")
+    with pytest.raises(RunError, match="no preset 'huge'; known are full, mini, tiny"):
+        preset("huge", benchmark("gta2city"))
+    assert all(name == item.name for name, item in RECIPES.items())
+
+
+@pytest.mark.parametrize("total", [2, 3, 10, 1200, 75_000])
+def test_another_length_keeps_every_share(total):
+    full = preset("full", benchmark("gta2city"))
+    short = full.with_steps(total)
+    assert short.total_steps == total
+    assert all(stage.steps >= 1 for stage in short.stages)
+    assert all(stage.horizon >= stage.steps for stage in short.stages)
+    assert short.stages[0].steps == max(1, round(total / 3))
+    assert short.stages[1].warmup == round(5_000 * total / 75_000)
+
+
+def test_the_presets_own_length_is_the_preset():
+    mini = preset("mini", benchmark("synthia2city"))
+    assert mini.with_steps(mini.total_steps) == mini
+
+
+@pytest.mark.parametrize("total", [-1, 0, 1])
+def test_a_length_without_two_stages_is_refused(total):
+    with pytest.raises(RunError, match=f"--steps {total} leaves no step"):
+        preset("mini", benchmark("gta2city")).with_steps(total)
+
+
+def test_references_are_as_long_as_the_adapted_run_and_see_one_domain():
+    given = ingredients("mini", target_labelled=Opener("labelled"))
+    (source,) = reference_stages(given, "source", 1200)
+    (oracle,) = reference_stages(given, "target", 1200)
+    assert (source.steps, oracle.steps) == (1200, 1200)
+    assert source.batch == oracle.batch == given.preset.stages[0].batch
+    assert source.streams.keys() == {"source"}
+    assert oracle.streams["target"][0] == "labelled"
+    assert source.learning_rate(1199) > 0
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    made = DeepLab(CONFIG)
+    for head in made.heads():
+        torch.nn.init.normal_(head.classifier.weight, std=0.5)
+    return made
+
+
+def batch(seed=0, pseudo=None, source=True):
+    rng = np.random.default_rng(seed)
+
+    def images():
+        return torch.from_numpy(rng.normal(0, 50, (2, 3, CROP[1], CROP[0])).astype(np.float32))
+
+    def labels():
+        coarse = rng.choice([0, 1, 2, 3, 4, 255], (2, CROP[1] // 8, CROP[0] // 8))
+        return torch.from_numpy(coarse.repeat(8, 1).repeat(8, 2))
+
+    first, second, third, fourth = images(), labels(), images(), labels()
+    if pseudo is not None:
+        fourth = torch.full_like(fourth, pseudo)
+    return Batch(first if source else None, second if source else None, third, fourth, torch.ones(2))
+
+
+def info(step=0, steps=10, seed=5):
+    return StepInfo(step, steps, seed)
+
+
+def alignment():
+    torch.manual_seed(1)
+    return AlignmentObjective(SegmentationTerm(CLASSES), CROP, MrnetOptions(), 2, 100, CONTEXT)
+
+
+def rectified(**options):
+    return RectifiedObjective(SegmentationTerm(CLASSES), CROP, replace(EplcOptions(), **options), CONTEXT)
+
+
+def total(terms):
+    return torch.stack(list(terms.values())).sum()
+
+
+def test_stage_one_names_its_losses():
+    objective = alignment()
+    terms = objective.losses(network(), batch(), info())
+    assert set(terms) == {"loss/segmentation", "loss/adversarial_aux", "loss/adversarial_main", "loss/memory"}
+    assert all(math.isfinite(float(value.detach())) for value in terms.values())
+    assert set(objective.learn(info())) == {"discriminator/aux", "discriminator/main"}
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "active"),
+    [(0, 10, False), (5, 10, False), (6, 10, True), (14_999, 25_000, False), (15_000, 25_000, True)],
+)
+def test_memory_regularisation_sets_in_after_three_fifths_of_stage_one(step, steps, active):
+    terms = alignment().losses(network().train(), batch(), info(step, steps))
+    assert bool(terms["loss/memory"] > 0) is active
+
+
+def test_the_generators_step_leaves_no_trace_in_the_discriminators():
+    one, other = alignment(), alignment()
+    net = network().eval()
+    for objective, pollute in ((one, True), (other, False)):
+        terms = objective.losses(net, batch(), info())
+        if pollute:
+            total(terms).backward()
+            assert all(p.grad is None for p in objective.discriminators.parameters())
+        objective.learn(info())
+    for mine, theirs in zip(one.discriminators.parameters(), other.discriminators.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_the_discriminators_step_leaves_no_trace_in_the_network():
+    objective, net = alignment(), network()
+    objective.losses(net, batch(), info())
+    objective.learn(info())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_adversarial_term_reaches_the_network():
+    net = network().train()
+    terms = alignment().losses(net, batch(), info())
+    (terms["loss/adversarial_main"] + terms["loss/adversarial_aux"]).backward()
+    assert net.conv1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("step", "factor"), [(0, 1.0), (50, 0.5**0.9), (200, 0.0)])
+def test_the_discriminators_rate_decays_without_warm_up(step, factor):
+    objective = alignment()
+    objective.losses(network(), batch(), info())
+    objective.learn(info(step))
+    assert objective.optimiser.param_groups[0]["lr"] == pytest.approx(1e-4 * factor)
+
+
+def test_self_training_names_its_losses():
+    assert set(rectified().losses(network(), batch(), info())) == {
+        "loss/segmentation",
+        "loss/rectified_main",
+        "loss/rectified_aux",
+        "loss/divergence",
+    }
+    alone = rectified(mixing="none", source_weight=0.0).losses(network(), batch(source=False), info())
+    assert set(alone) == {"loss/rectified_main", "loss/rectified_aux", "loss/divergence"}
+
+
+def test_empty_pseudo_labels_cost_nothing_and_break_nothing():
+    net = network().train()
+    terms = rectified(mixing="none", source_weight=0.0).losses(net, batch(pseudo=255, source=False), info())
+    assert float(terms["loss/rectified_main"]) == 0.0
+    assert float(terms["loss/rectified_aux"]) == 0.0
+    (terms["loss/rectified_main"] + terms["loss/rectified_aux"]).backward(retain_graph=True)
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())
+    net.zero_grad()
+    total(terms).backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+def test_a_label_without_weight_costs_nothing_either():
+    given = replace(batch(source=False), pseudo_weight=torch.zeros(2))
+    terms = rectified(mixing="none", source_weight=0.0).losses(network().train(), given, info())
+    assert float(terms["loss/rectified_main"]) == 0.0
+
+
+def test_pasted_source_pixels_count_fully_whatever_the_labels_weight():
+    given = replace(batch(pseudo=255), pseudo_weight=torch.zeros(2))
+    terms = rectified().losses(network().train(), given, info())
+    assert float(terms["loss/rectified_main"]) > 0
+
+
+def objectives():
+    return {
+        "alignment": alignment,
+        "rectified": rectified,
+        "supervised": lambda: SupervisedObjective(SegmentationTerm(CLASSES), CROP, CONTEXT),
+    }
+
+
+@pytest.mark.parametrize("name", ["alignment", "rectified", "supervised"])
+def test_an_objective_goes_on_from_its_state(name):
+    one, net = objectives()[name](), network().eval()
+    for step in range(3):
+        one.losses(net, batch(step), info(step))
+        one.learn(info(step))
+    torch.manual_seed(77)
+    other = objectives()[name]()
+    other.load_state_dict(snapshot(one.state_dict()))
+    for step in range(3, 6):
+        mine, theirs = (objective.losses(net, batch(step), info(step)) for objective in (one, other))
+        assert {k: float(v.detach()) for k, v in mine.items()} == {k: float(v.detach()) for k, v in theirs.items()}
+        mine, theirs = (objective.learn(info(step)) for objective in (one, other))
+        assert {k: float(v) for k, v in mine.items()} == {k: float(v) for k, v in theirs.items()}
+
+
+def test_the_supervised_objective_takes_whichever_labelled_stream_there_is():
+    given = batch()
+    source = SupervisedObjective(SegmentationTerm(CLASSES), CROP, CONTEXT)
+    target = SupervisedObjective(SegmentationTerm(CLASSES), CROP, CONTEXT)
+    net = network().eval()
+    swapped = Batch(None, None, given.source, given.source_label, torch.ones(2))
+    torch.testing.assert_close(
+        source.losses(net, given, info())["loss/segmentation"], target.losses(net, swapped, info())["loss/segmentation"]
+    )

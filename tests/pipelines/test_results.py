@@ -1,0 +1,100 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from pipelines.options import AdaptOptions
+from pipelines.results import assemble, write_json
+from pipelines.setup import resolve
+
+DESIGN = {
+    "": "benchmark recipe data protocol scores gap_closed seconds student teachers label_age_steps seed versions",
+    "protocol": "classes label_size network views",
+    "scores": "source_only adabn adapted oracle",
+    "student": "images_per_s wait_share",
+    "teachers": "images_per_s idle_share",
+    "label_age_steps": "p50 p95 max",
+}
+EXTRAS = {"class_names", "steps", "labels", "skipped"}
+STUDENT = {
+    "images_per_s": 10.0,
+    "wait_share": 0.001,
+    "data_wait_share": 0.2,
+    "labels_read": 7,
+    "labels_missing": 1,
+    "label_age_steps": {"p50": 1, "p95": 2, "max": 3},
+    "skipped": [],
+}
+TEACHERS = {"images_per_s": 3.0, "idle_share": 0.1, "labels_made": 8, "teacher_failures": 0, "coverage": 1.0}
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_folder):
+    data = tiny_folder / "data"
+    data.mkdir(exist_ok=True)
+    return resolve(AdaptOptions(preset="tiny", name="run", runs=str(tiny_folder / "runs"), data=str(data)))
+
+
+def score(miou):
+    return {"miou": miou, "per_class": [miou] * 19, "protocols": {"16": miou, "13": miou + 1}, "images": 8}
+
+
+def results(setup, **scores):
+    return assemble(setup, {name: score(v) for name, v in scores.items()}, STUDENT, TEACHERS, {"adapt": 1.234})
+
+
+def test_the_result_has_the_keys_of_the_design(setup):
+    found = results(setup, source_only=20.0, adabn=22.0, adapted=30.0, oracle=40.0)
+    assert set(found) == set(DESIGN[""].split()) | EXTRAS
+    for key, names in DESIGN.items():
+        assert set(names.split()) <= set(found[key] if key else found)
+    assert set(found["scores"]) == set(DESIGN["scores"].split())
+    assert found["gap_closed"] == pytest.approx(0.5)
+    assert found["data"] == "miniature"
+    assert found["protocol"] == {
+        "classes": 16,
+        "label_size": [128, 64],
+        "network": "ema",
+        "views": [[128, 64, False]],
+    }
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_without_references_there_is_no_gap(setup):
+    found = results(setup, adapted=30.0)
+    assert found["gap_closed"] is None
+    assert found["scores"]["oracle"] is found["scores"]["source_only"] is None
+
+
+def test_without_target_labels_there_is_no_gap(setup):
+    assert results(setup, adapted=30.0, source_only=20.0, adabn=21.0)["gap_closed"] is None
+
+
+def test_the_faithful_run_is_scored_as_the_student(setup):
+    faithful = resolve(replace(setup.options, faithful=True))
+    assert results(faithful, adapted=30.0)["protocol"]["network"] == "student"
+
+
+def test_json_appears_completely_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_number_of_steps_is_what_was_asked_for(setup):
+    """Also for a recipe that has one stage only."""
+    for name in ("eplc", "mrnet"):
+        asked = resolve(replace(setup.options, recipe=name, steps=30))
+        assert asked.plan.total_steps == 30
+        assert {plan.total_steps for plan in asked.references.values()} == {30}
+
+
+def test_the_plan_knows_its_labels_and_references(setup):
+    assert set(setup.labels) == {1}
+    assert set(setup.references) == {"source_only", "oracle"}
+    assert setup.label_rows() == {1: 24 // 4}
+    assert len(setup.target_reader) == 24
+    assert not resolve(replace(setup.options, references="never")).references

@@ -1,0 +1,280 @@
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from actors.errors import RunError, UnreadableImage
+from pipelines import streams
+from pipelines.datasets.dataset import DataError, read_image, read_label
+from pipelines.decode_cache import DecodeCache
+from pipelines.streams import SPARES, SampleFile, SampleOrder, SampleStream, SplitReader, rank_positions, read_block
+from pipelines.views import Whole
+
+SIZE = (32, 18)
+NO_CACHE = DecodeCache(None)
+
+
+@given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 3))
+def test_every_epoch_shows_every_image_once(images, seed, epoch):
+    order = SampleOrder(images, seed, "source")
+    positions = np.arange(epoch * images, (epoch + 1) * images)
+    assert sorted(order.indices(positions)) == list(range(images))
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=1, max_size=20))
+def test_the_image_at_a_position_depends_on_nothing_else(positions):
+    order = SampleOrder(17, 3, "target")
+    together = order.indices(np.array(positions))
+    alone = [int(order.indices(np.array([p]))[0]) for p in positions]
+    assert together.tolist() == alone
+
+
+def test_epochs_seeds_and_streams_are_shuffled_apart():
+    first = SampleOrder(40, 0, "source").indices(np.arange(80))
+    assert first[:40].tolist() != first[40:].tolist()
+    for other in (SampleOrder(40, 1, "source"), SampleOrder(40, 0, "target")):
+        assert other.indices(np.arange(40)).tolist() != first[:40].tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_ranks_share_the_same_global_sequence(world):
+    parts = [rank_positions(100, 5, 8, rank, world) for rank in range(world)]
+    assert all(part.shape == (5, 8 // world) for part in parts)
+    assert np.concatenate(parts, axis=1).tolist() == np.arange(100, 140).reshape(5, 8).tolist()
+
+
+@given(st.integers(0, 6), st.sampled_from([1, 2, 4]))
+def test_positions_after_a_resume_are_the_rest_of_those_before(done, world):
+    for rank in range(world):
+        whole = rank_positions(40, 6, 8, rank, world)
+        rest = rank_positions(40 + done * 8, 6 - done, 8, rank, world)
+        assert rest.tolist() == whole[done:].tolist()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="batch of 9 cannot be shared evenly by 2"):
+        rank_positions(0, 1, 9, 0, 2)
+
+
+def sample_stream(split, seed=0, **more):
+    return SampleStream(split, SIZE, SampleOrder(len(split), seed, "source"), Whole(), NO_CACHE, **more)
+
+
+def files_of(stream, first, count):
+    return stream._files(np.arange(first, first + count))
+
+
+def broken_copy(files, bad, folder):
+    """The same files with some images replaced by rubbish."""
+    path = folder / "rubbish.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return [SampleFile(f.position, f.index, str(path) if f.position in bad else f.image, f.label) for f in files]
+
+
+def pixels(table, name, shape):
+    return np.stack([np.frombuffer(cell.as_py(), np.uint8).reshape(shape) for cell in table.column(name)])
+
+
+def test_a_block_holds_images_and_labels_of_its_positions(tiny):
+    stream = sample_stream(tiny.source)
+    table = read_block(files_of(stream, 5, 3), SIZE, tiny.source.label_encoding, NO_CACHE)
+    indices = stream.order.indices(np.arange(5, 8))
+    assert table.column("position").to_pylist() == [5, 6, 7]
+    assert table.column("index").to_pylist() == indices.tolist()
+    for row, index in enumerate(indices):
+        image = read_image(tiny.source.image_paths[index], SIZE)
+        label = read_label(tiny.source.label_paths[index], tiny.source.label_encoding, SIZE)
+        np.testing.assert_array_equal(pixels(table, "image", (18, 32, 3))[row], image)
+        np.testing.assert_array_equal(pixels(table, "label", (18, 32))[row], label)
+    assert table.column("skipped").to_pylist() == ["", "", ""]
+
+
+def test_a_stream_without_labels_reads_none(tiny):
+    stream = sample_stream(tiny.target)
+    files = files_of(stream, 0, 2)
+    assert all(file.label is None for file in files)
+    assert "label" not in read_block(files, SIZE, None, NO_CACHE).column_names
+
+
+def test_a_corrupt_image_is_replaced_and_named(tiny, tmp_path):
+    files = broken_copy(files_of(sample_stream(tiny.source), 0, 4), {1}, tmp_path)
+    table = read_block(files, SIZE, tiny.source.label_encoding, NO_CACHE)
+    again = read_block(files, SIZE, tiny.source.label_encoding, NO_CACHE)
+    assert table.equals(again)
+    assert table.column("position").to_pylist() == [0, 1, 2, 3]
+    skipped = table.column("skipped").to_pylist()
+    assert [bool(s) for s in skipped] == [False, True, False, False]
+    assert skipped[1].endswith("rubbish.png")
+    index = table.column("index").to_pylist()[1]
+    np.testing.assert_array_equal(
+        pixels(table, "image", (18, 32, 3))[1], read_image(tiny.source.image_paths[index], SIZE)
+    )
+    np.testing.assert_array_equal(
+        pixels(table, "label", (18, 32))[1],
+        read_label(tiny.source.label_paths[index], tiny.source.label_encoding, SIZE),
+    )
+
+
+def test_a_corrupt_label_skips_its_image(tiny, tmp_path):
+    files = files_of(sample_stream(tiny.source), 0, 2)
+    rubbish = tmp_path / "label.png"
+    rubbish.write_bytes(b"x")
+    files[0] = SampleFile(0, files[0].index, files[0].image, str(rubbish))
+    table = read_block(files, SIZE, tiny.source.label_encoding, NO_CACHE)
+    assert table.column("skipped").to_pylist()[0].endswith("label.png")
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_what_replaces_a_corrupt_image_does_not_depend_on_where_the_block_begins(tiny, tmp_path, first):
+    """A resumed run begins its blocks elsewhere and must see the same samples."""
+    stream = sample_stream(tiny.source)
+    reference = read_block(
+        broken_copy(files_of(stream, 0, 8), {3}, tmp_path), SIZE, tiny.source.label_encoding, NO_CACHE
+    )
+    shifted = read_block(
+        broken_copy(files_of(stream, first, 4), {3}, tmp_path), SIZE, tiny.source.label_encoding, NO_CACHE
+    )
+    assert shifted.column("index").to_pylist()[3 - first] == reference.column("index").to_pylist()[3]
+
+
+def test_more_corrupt_images_than_spares_end_the_run_by_name(tiny, tmp_path):
+    files = broken_copy(files_of(sample_stream(tiny.source), 0, 6), set(range(6)), tmp_path)
+    with pytest.raises(RunError, match=rf"more than {SPARES} images of one block of 6 .*rubbish\.png"):
+        read_block(files, SIZE, tiny.source.label_encoding, NO_CACHE)
+
+
+def test_a_batch_is_a_copy_that_pins_no_block(tiny):
+    stream = sample_stream(tiny.source)
+    table = read_block(files_of(stream, 0, 4), SIZE, tiny.source.label_encoding, NO_CACHE)
+    before = pa.total_allocated_bytes()
+    batch = streams._collate(table.slice(1, 2), SIZE)
+    assert pa.total_allocated_bytes() <= before + 4096
+    np.testing.assert_array_equal(batch.images.numpy(), pixels(table, "image", (18, 32, 3))[1:3])
+    np.testing.assert_array_equal(batch.labels.numpy(), pixels(table, "label", (18, 32))[1:3])
+    assert batch.positions.tolist() == [1, 2]
+    for array in (batch.positions, batch.indices):
+        assert array.flags.owndata, "a view into the block keeps all of it in the object store"
+
+
+def test_skipped_files_of_a_batch_are_listed(tiny, tmp_path):
+    files = broken_copy(files_of(sample_stream(tiny.target), 0, 4), {2}, tmp_path)
+    batch = streams._collate(read_block(files, SIZE, None, NO_CACHE), SIZE)
+    assert batch.labels is None
+    assert [Path(p).name for p in batch.skipped] == ["rubbish.png"]
+
+
+def test_blocks_hold_about_eight_megabytes(tiny):
+    full = SampleStream(tiny.source, (1280, 720), SampleOrder(24, 0, "s"), Whole(), NO_CACHE)
+    assert full.block_rows == 2
+    assert sample_stream(tiny.source).block_rows == 32
+    assert sample_stream(tiny.source).images == 24
+
+
+def test_a_reader_gives_images_at_a_size_and_labels_as_they_are(tiny, tmp_path):
+    reader = SplitReader(tiny.validation, DecodeCache(tmp_path))
+    assert len(reader) == len(reader.image_ids) == 8
+    np.testing.assert_array_equal(reader.read(2, SIZE), read_image(tiny.validation.image_paths[2], SIZE))
+    np.testing.assert_array_equal(reader.label(2), tiny.validation.label(2))
+    with pytest.raises(DataError, match="no labels"):
+        SplitReader(tiny.target, NO_CACHE).label(0)
+
+
+def picture(path, seed=0):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def counting(path, size=(8, 6)):
+    calls = []
+
+    def decode():
+        calls.append(path)
+        return read_image(path, size)
+
+    return decode, calls
+
+
+def test_the_cache_decodes_once_and_a_hit_equals_the_miss(tmp_path):
+    path = picture(tmp_path / "a.png")
+    decode, calls = counting(path)
+    cache = DecodeCache(tmp_path / "cache")
+    miss, hit = (cache.get(path, (8, 6), "image", decode) for _ in range(2))
+    other = DecodeCache(tmp_path / "cache").get(path, (8, 6), "image", decode)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(miss, hit)
+    np.testing.assert_array_equal(miss, other)
+    assert hit.shape == (6, 8, 3)
+
+
+def test_sizes_and_decoders_are_kept_apart(tmp_path):
+    path = picture(tmp_path / "a.png")
+    cache = DecodeCache(tmp_path / "cache")
+    assert cache.get(path, (8, 6), "image", lambda: read_image(path, (8, 6))).shape == (6, 8, 3)
+    assert cache.get(path, (4, 3), "image", lambda: read_image(path, (4, 3))).shape == (3, 4, 3)
+    assert cache.get(path, (8, 6), "label", lambda: np.zeros((6, 8), np.uint8)).shape == (6, 8)
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = picture(tmp_path / "a.png", 0)
+    cache = DecodeCache(tmp_path / "cache")
+    cache.get(path, (8, 6), "image", lambda: read_image(path))
+    picture(tmp_path / "a.png", 1)
+    os.utime(path, ns=(1, 1))
+    np.testing.assert_array_equal(cache.get(path, (8, 6), "image", lambda: read_image(path)), read_image(path))
+
+
+def test_a_damaged_entry_is_made_again(tmp_path):
+    path = picture(tmp_path / "a.png")
+    cache = DecodeCache(tmp_path / "cache")
+    cache.get(path, (8, 6), "image", lambda: read_image(path))
+    (entry,) = (tmp_path / "cache").rglob("*.arrow")
+    for damage in (b"", b"rubbish", entry.read_bytes()[:200]):
+        entry.write_bytes(damage)
+        np.testing.assert_array_equal(cache.get(path, (8, 6), "image", lambda: read_image(path)), read_image(path))
+
+
+def test_a_cache_that_cannot_be_written_costs_speed_only(tmp_path):
+    path = picture(tmp_path / "a.png")
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    decode, calls = counting(path)
+    cache = DecodeCache(tmp_path / "cache")
+    for _ in range(2):
+        np.testing.assert_array_equal(cache.get(path, (8, 6), "image", decode), read_image(path))
+    assert len(calls) == 2
+
+
+def test_a_full_disk_still_serves_what_was_cached_before(tmp_path, monkeypatch):
+    first, second = picture(tmp_path / "a.png", 0), picture(tmp_path / "b.png", 1)
+    cache = DecodeCache(tmp_path / "cache")
+    decode, calls = counting(first)
+    cache.get(first, (8, 6), "image", decode)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pa, "OSFile", full)
+    cache.get(second, (8, 6), "image", lambda: read_image(second))
+    cache.get(first, (8, 6), "image", decode)
+    assert len(calls) == 1
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_errors_of_the_decoder_pass_through(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"rubbish")
+    for cached in (str(path), str(tmp_path / "missing.png")):
+        with pytest.raises(UnreadableImage):
+            DecodeCache(tmp_path / "cache").get(cached, (8, 6), "image", lambda p=cached: read_image(p))
+
+
+def test_entries_can_be_read_by_others(tmp_path):
+    path = picture(tmp_path / "a.png")
+    DecodeCache(tmp_path / "cache").get(path, (8, 6), "image", lambda: read_image(path))
+    (entry,) = (tmp_path / "cache").rglob("*.arrow")
+    assert entry.stat().st_mode & stat.S_IRUSR

@@ -1,0 +1,229 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.views import CROP_DRAWS, MEAN_BGR, RandomCrop, Whole, class_mix, network_input
+
+WIDTH, HEIGHT = 40, 24
+POSITIONS = np.array([0, 7, 123_456])
+
+
+def raw(n=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, 256, (n, HEIGHT, WIDTH, 3), dtype=np.uint8))
+
+
+def painted(n=3, cell=8):
+    """Images whose colour says which cell of the label they show: label = red / 10."""
+    rng = np.random.default_rng(4)
+    coarse = rng.integers(0, 20, (n, HEIGHT // cell, WIDTH // cell))
+    label = coarse.repeat(cell, 1).repeat(cell, 2).astype(np.uint8)
+    image = np.stack([10 * label] * 3, -1).astype(np.uint8)
+    return torch.from_numpy(image), torch.from_numpy(label)
+
+
+def colours(inputs):
+    """Network input back to RGB."""
+    return (inputs + torch.tensor(MEAN_BGR).view(1, 3, 1, 1)).flip(1)
+
+
+def test_network_input_is_bgr_minus_the_mean():
+    image = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 1, 1, 3)
+    expected = [30 - 104.00698793, 20 - 116.66876762, 10 - 122.67891434]
+    torch.testing.assert_close(network_input(image).flatten(), torch.tensor(expected))
+
+
+def test_the_whole_view_changes_nothing_and_brings_labels_to_the_images_size():
+    images, labels = raw(), torch.arange(3 * 12 * 20).view(3, 12, 20).to(torch.uint8)
+    inputs, (same, resized) = Whole()(images, (labels.repeat(1, 2, 2), labels), POSITIONS)
+    torch.testing.assert_close(inputs, network_input(images))
+    assert torch.equal(same, labels.repeat(1, 2, 2))
+    assert torch.equal(resized, labels.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+def test_the_same_position_gets_the_same_crop_wherever_it_stands_in_a_batch():
+    view = RandomCrop(3, (16, 12), colour=0.3)
+    images = raw()
+    together, _ = view(images, (), POSITIONS)
+    for row in range(3):
+        alone, _ = view(images[row : row + 1], (), POSITIONS[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row])
+    again, _ = view(images.flip(0), (), POSITIONS[::-1].copy())
+    torch.testing.assert_close(again.flip(0), together)
+
+
+def test_other_positions_and_seeds_get_other_crops():
+    images = raw(1).expand(20, -1, -1, -1)
+    first, _ = RandomCrop(3, (16, 12))(images, (), np.arange(20))
+    second, _ = RandomCrop(4, (16, 12))(images, (), np.arange(20))
+    assert len({tuple(x.flatten()[:50].tolist()) for x in first}) == 20
+    assert not torch.allclose(first, second)
+
+
+def test_without_jitter_and_flip_a_crop_is_a_window_of_the_image():
+    view = RandomCrop(0, (16, 12), jitter=(1.0, 1.0), flip=0.0)
+    images = raw(1).expand(30, -1, -1, -1)
+    label = torch.arange(HEIGHT * WIDTH).view(1, HEIGHT, WIDTH).expand(30, -1, -1)
+    inputs, (cropped,) = view(images, (label,), np.arange(30))
+    whole, corners = network_input(raw(1))[0], set()
+    for crop, shown in zip(inputs, cropped, strict=True):
+        top, left = divmod(int(shown[0, 0]), WIDTH)
+        corners.add((top, left))
+        assert torch.equal(shown, label[0, top : top + 12, left : left + 16])
+        torch.testing.assert_close(crop, whole[:, top : top + 12, left : left + 16], atol=1e-2, rtol=0)
+    tops, lefts = zip(*corners, strict=True)
+    assert min(tops) >= 0
+    assert max(tops) <= HEIGHT - 12
+    assert min(lefts) >= 0
+    assert max(lefts) <= WIDTH - 16
+    assert len(corners) > 20
+
+
+def test_flipping_always_mirrors_the_window():
+    images = raw(1).expand(10, -1, -1, -1)
+    plain, _ = RandomCrop(0, (16, 12), jitter=(1.0, 1.0), flip=0.0)(images, (), np.arange(10))
+    flipped, _ = RandomCrop(0, (16, 12), jitter=(1.0, 1.0), flip=1.0)(images, (), np.arange(10))
+    torch.testing.assert_close(flipped, plain.flip(3), atol=1e-2, rtol=0)
+
+
+def test_about_half_of_the_samples_are_mirrored():
+    images = torch.arange(WIDTH).view(1, 1, WIDTH, 1).expand(400, HEIGHT, WIDTH, 3).to(torch.uint8)
+    inputs, _ = RandomCrop(0, (16, 12))(images, (), np.arange(400))
+    mirrored = (inputs[:, 0, 0, 0] > inputs[:, 0, 0, -1]).float().mean()
+    assert 0.4 < mirrored < 0.6
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([(48, 36), (96, 64), (60, 50)]))
+def test_image_and_label_stay_aligned(position, crop):
+    coarse = np.random.default_rng(4).integers(0, 20, (3, 4, 6))
+    label = coarse.repeat(16, 1).repeat(16, 2).astype(np.uint8)
+    images, labels = torch.from_numpy(np.stack([10 * label] * 3, -1).astype(np.uint8)), torch.from_numpy(label)
+    inputs, (shown,) = RandomCrop(1, crop)(images, (labels,), np.arange(position, position + 3))
+    colour, values = colours(inputs)[:, 0], shown[:, None].float()
+    # Within three pixels of a border between cells, or of the crop, the bicubic filter mixes colours.
+    pool = torch.nn.functional.max_pool2d
+    inside = (pool(values, 7, 1) + pool(-values, 7, 1))[:, 0] == 0
+    off = (colour - 10 * shown.float()).abs()[:, 3:-3, 3:-3]
+    assert inside.float().mean() > 0.2
+    assert off[inside].max() < 1.0
+
+
+def test_a_label_of_another_size_covers_the_same_field_of_view():
+    images, labels = painted()
+    view = RandomCrop(1, (16, 12))
+    _, (full, half) = view(images, (labels, labels[:, ::2, ::2]), POSITIONS)
+    assert torch.equal(full, half)
+
+
+def test_the_jitter_stays_within_its_bounds():
+    ramp = torch.arange(WIDTH).view(1, 1, WIDTH, 1) * 6
+    images = ramp.expand(200, HEIGHT, WIDTH, 3).to(torch.uint8)
+    inputs, _ = RandomCrop(0, (16, 12), jitter=(0.8, 1.25), flip=0.0)(images, (), np.arange(200))
+    row = colours(inputs)[:, 0, 6, 4:12]
+    scale = 6 / (row[:, 1:] - row[:, :-1]).mean(1)
+    assert scale.min() >= 0.79
+    assert scale.max() <= 1.27
+    assert scale.max() - scale.min() > 0.35
+
+
+def test_a_small_image_is_never_shrunk_below_the_crop():
+    ramp = torch.arange(WIDTH).view(1, 1, WIDTH, 1) * 6
+    images = ramp.expand(50, HEIGHT, WIDTH, 3).to(torch.uint8)
+    inputs, _ = RandomCrop(0, (36, 12), jitter=(0.5, 0.6), flip=0.0)(images, (), np.arange(50))
+    row = colours(inputs)[:, 0, 6, 8:28]
+    torch.testing.assert_close((row[:, 1:] - row[:, :-1]).mean(1), torch.full((50,), 6 / 0.9), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("crop", [(WIDTH + 1, 4), (4, HEIGHT + 1)])
+def test_a_crop_larger_than_the_image_is_refused(crop):
+    with pytest.raises(ValueError, match=r"does not fit into images of \(40, 24\)"):
+        RandomCrop(0, crop)(raw(), (), POSITIONS)
+
+
+def test_colour_stays_in_range_and_changes_no_geometry():
+    images, labels = painted()
+    view = RandomCrop(1, (16, 12), colour=0.5)
+    inputs, (shown,) = view(images, (labels,), POSITIONS)
+    _, (plain,) = RandomCrop(1, (16, 12))(images, (labels,), POSITIONS)
+    assert torch.equal(shown, plain)
+    assert colours(inputs).min() >= -1e-3
+    assert colours(inputs).max() <= 255 + 1e-3
+
+
+def slow_hard_crop(view, label, position, more_than):
+    """Draw after draw, pixel after pixel."""
+    u = np.random.default_rng([view.seed, 7, position]).random(2 + 2 * CROP_DRAWS + 3, np.float32)
+    low = max(view.jitter[0], view.crop[0] / WIDTH, view.crop[1] / HEIGHT)
+    scale = low + (max(low, view.jitter[1]) - low) * u[0]
+    for draw in range(CROP_DRAWS):
+        left = np.floor(u[2 + 2 * draw] * (WIDTH * scale - view.crop[0] + 1)) / scale
+        top = np.floor(u[3 + 2 * draw] * (HEIGHT * scale - view.crop[1] + 1)) / scale
+        shown = np.empty((view.crop[1], view.crop[0]), np.uint8)
+        for i in range(view.crop[1]):
+            for j in range(view.crop[0]):
+                column = view.crop[0] - 1 - j if u[1] < view.flip else j
+                x, y = left + (column + 0.5) / scale, top + (i + 0.5) / scale
+                shown[i, j] = label[min(int(y), HEIGHT - 1), min(int(x), WIDTH - 1)]
+        if len(np.unique(shown)) > more_than:
+            break
+    return shown, draw
+
+
+@pytest.mark.parametrize("more_than", [2, 4, 6, 30])
+def test_the_first_crop_with_enough_values_is_taken_or_else_the_last(more_than):
+    rng = np.random.default_rng(2)
+    label = np.zeros((HEIGHT, WIDTH), np.uint8)
+    label[:, 25:] = rng.integers(1, 8, (HEIGHT, 15))
+    label[0, 0] = 255
+    view = RandomCrop(5, (12, 8), more_than_values=more_than)
+    positions = np.arange(12)
+    images = torch.zeros(12, HEIGHT, WIDTH, 3, dtype=torch.uint8)
+    _, (found,) = view(images, (torch.from_numpy(label).expand(12, -1, -1),), positions)
+    draws = set()
+    for position, shown in zip(positions, found.numpy(), strict=True):
+        expected, draw = slow_hard_crop(view, label, int(position), more_than)
+        draws.add(draw)
+        assert (shown == expected).mean() > 0.97, "a pixel centre may fall on a border"
+    assert len(draws) > 1 or more_than == 30
+
+
+def mixed_case(seed, n=2, classes=5):
+    rng = np.random.default_rng(seed)
+    source_label = torch.from_numpy(rng.choice([0, 1, 2, 4, 255], (n, 6, 7)))
+    target_label = torch.from_numpy(rng.choice([0, 3, 255], (n, 6, 7)))
+    return torch.ones(n, 3, 6, 7), source_label, -torch.ones(n, 3, 6, 7), target_label, classes
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**63 - 1), st.integers(0, 100))
+def test_half_of_the_classes_of_a_source_image_are_pasted(seed, case):
+    source, source_label, target, target_label, classes = mixed_case(case)
+    images, labels, mask = class_mix(source, source_label, target, target_label, classes, seed)
+    for n in range(len(source)):
+        present = set(source_label[n].unique().tolist()) - {255}
+        pasted = set(source_label[n][mask[n]].unique().tolist())
+        assert pasted <= present
+        assert len(pasted) == (len(present) + 1) // 2
+        for c in pasted:
+            assert mask[n][source_label[n] == c].all()
+    assert torch.equal(labels, torch.where(mask, source_label, target_label))
+    assert torch.equal(images, torch.where(mask[:, None], source, target))
+    assert not mask[source_label == 255].any()
+
+
+def test_which_classes_are_pasted_is_decided_by_the_seed():
+    case = mixed_case(1)
+    again = [class_mix(*case, seed=9)[2] for _ in range(2)]
+    assert torch.equal(*again)
+    assert len({tuple(class_mix(*case, seed=s)[2].flatten().tolist()) for s in range(20)}) > 3
+
+
+def test_a_source_image_without_labels_pastes_nothing():
+    source, source_label, target, target_label, classes = mixed_case(1)
+    images, labels, mask = class_mix(source, torch.full_like(source_label, 255), target, target_label, classes, 0)
+    assert not mask.any()
+    assert torch.equal(images, target)
+    assert torch.equal(labels, target_label)

@@ -1,0 +1,155 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+import run
+from pipelines.options import AdaptOptions
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """What cannot work is refused before a process is started."""
+    import ray
+
+    def started(*_, **__):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+
+
+def called(arguments):
+    """Exit code of the command."""
+    try:
+        return run.main(arguments)
+    except SystemExit as error:
+        return error.code
+
+
+def refused(arguments, tmp_path, capsys):
+    """What a command says that must end with code 2 and leave nothing on the disk."""
+    before = sorted(tmp_path.rglob("*"))
+    places = ["--runs", str(tmp_path / "runs"), "--data", str(tmp_path / "data")]
+    assert called([*arguments, *places]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["--benchmark", "gta2moon"], "gta2city, synthia2city, city2robot"),
+        (["--recipe", "magic"], "eplc, mrnet"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_known_ones(arguments, known, tmp_path, capsys):
+    said = refused(arguments, tmp_path, capsys)
+    assert repr(arguments[1]) in said
+    assert known in said
+    assert said.count("\n") == 1
+    assert "Traceback" not in said
+
+
+def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
+    assert called(["fly"]) == 2
+    assert "unknown command 'fly'; known are adapt, evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--students", "0"], "--students is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--steps", "1"], "--steps 1 leaves no step"),
+        (["--eplc.passes", "0"], "passes is 0"),
+        (["--eplc.keep-share", "2"], "keep_share is 2.0"),
+        (["--preset", "huge"], "huge"),
+        (["--bogus", "1"], "bogus"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused(arguments, text, tmp_path, capsys):
+    assert text in refused(arguments, tmp_path, capsys)
+
+
+def test_students_that_cannot_share_a_batch_are_refused_before_anything_starts(tmp_path, tiny_folder, capsys):
+    data = tiny_folder / "data"
+    arguments = ["--preset", "tiny", "--students", "3", "--data", str(data), "--runs", str(tmp_path / "runs")]
+    assert called(arguments) == 2
+    assert "3 students" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_data_root_is_refused(tmp_path, capsys):
+    said = refused(["--data-root", str(tmp_path / "nowhere")], tmp_path, capsys)
+    assert "does not exist or is not a folder" in said
+
+
+def test_a_data_root_without_the_dataset_says_what_is_expected(tmp_path, capsys):
+    (tmp_path / "root" / "photos").mkdir(parents=True)
+    said = refused(["--data-root", str(tmp_path / "root")], tmp_path, capsys)
+    assert "SYNTHIA was not found under" in said
+    assert "photos" in said
+
+
+@pytest.mark.parametrize("arguments", [["--resume", "{}"], ["evaluate", "{}"], ["--resume={}"]])
+def test_a_folder_that_is_no_run_is_refused(arguments, tmp_path, capsys):
+    filled = [item.format(tmp_path / "nothing") for item in arguments]
+    assert called(filled) == 2
+    assert "is no run directory" in capsys.readouterr().err
+
+
+def test_a_path_in_brackets_is_printed_as_it_is(tmp_path, capsys):
+    """Brackets mean markup to the terminal library."""
+    assert called(["evaluate", str(tmp_path / "[old]" / "[/x]")]) == 2
+    assert "[old]/[/x]" in capsys.readouterr().err
+
+
+def test_help_names_every_command(capsys):
+    assert called(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--resume" in shown
+    assert "evaluate" in shown
+
+
+def test_the_commands_of_the_readme_parse():
+    commands = re.findall(r"python run\.py([^\n`#]*)", README.read_text())
+    if not commands:
+        pytest.skip("the README names no command yet")
+    for command in commands:
+        given = shlex.split(command)
+        if given[:1] == ["evaluate"]:
+            tyro.cli(run.EvaluateOptions, args=given[1:])
+        elif "--resume" in given:
+            tyro.cli(run.ResumeOptions, args=given)
+        else:
+            tyro.cli(AdaptOptions, args=given)
+
+
+def results(**more):
+    row = {"miou": 30.0, "per_class": [30.0, None], "protocols": {"16": 30.0}}
+    return {
+        "benchmark": "synthia2city",
+        "recipe": "eplc",
+        "data": "miniature",
+        "seed": 0,
+        "protocol": {"classes": 16, "label_size": [8, 4], "network": "ema", "views": [[8, 4, False]]},
+        "class_names": ["road", "wall"],
+        "scores": {"source_only": None, "adabn": None, "adapted": row, "oracle": None},
+        **more,
+    }
+
+
+def test_the_table_says_miniature_and_names_the_protocol(capsys):
+    from rich.console import Console
+
+    run.print_table(results(gap_closed=0.61), Console(width=160))
+    shown = capsys.readouterr().out
+    assert "miniature" in shown
+    assert "16 classes" in shown
+    assert "mIoU16" in shown
+    assert "0.61" in shown
+    assert "wall" not in shown, "a class that no row has a score for"

@@ -59,7 +59,7 @@ class Screen:
     def __call__(self, kind: str, what: dict[str, Any]) -> None:
         """Told by the pipeline what happens."""
         if kind == "message":
-            self.console.print(what["text"], highlight=False)
+            self.console.print(what["text"], highlight=False, markup=False)
         elif kind == "phase":
             self._phase(what)
         elif self.task is not None:
@@ -70,7 +70,7 @@ class Screen:
             self.bar.stop_task(self.task)
         self.task = None
         if "folder" in what:
-            self.console.print(f"run directory: {what['folder']}", highlight=False)
+            self.console.print(f"run directory: {what['folder']}", highlight=False, markup=False)
         if "steps" not in what:
             self.console.print(f"[dim]{what['text']} …[/dim]")
             return
@@ -112,10 +112,10 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["evaluate"]:
             return _evaluate(tyro.cli(EvaluateOptions, prog="run.py evaluate", args=arguments[1:]), console)
-        if any(item == "--resume" or item.startswith("--resume=") for item in arguments):
-            resume = tyro.cli(ResumeOptions, prog="run.py", args=arguments)
-            return _adapt(read_config(resume.resume), console, resume=True)
         given = arguments[1:] if arguments[:1] == ["adapt"] else arguments
+        if any(item == "--resume" or item.startswith("--resume=") for item in given):
+            resume = tyro.cli(ResumeOptions, prog="run.py", args=given)
+            return _adapt(read_config(resume.resume), console, resume=True)
         if given and not given[0].startswith("-"):
             raise RunError(f"unknown command {given[0]!r}; known are {', '.join(COMMANDS)}")
         description = (
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
         )
         return _adapt(tyro.cli(AdaptOptions, prog="run.py", description=description, args=given), console)
     except (RunError, DataError, UnreadableImage) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False, style="red")
         return 2
     except KeyboardInterrupt:
         console.print("aborted; the last checkpoint is what a resume continues from")

@@ -6,12 +6,15 @@ finds the newest one after a crash, a Ctrl-C or a reboot, and a full disk leaves
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from actors.errors import RunError
 
 FORMAT = 1
 
@@ -32,7 +35,8 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         names = self.folder.glob("step_*/state.pt") if self.folder.is_dir() else []
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in names)
+        steps = (path.parent.name.removeprefix("step_") for path in names)
+        return sorted(int(step) for step in steps if step.isdigit())
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of a step."""
@@ -42,14 +46,17 @@ class CheckpointStore:
         """State of the newest complete checkpoint, on the CPU, or None.
 
         Raises:
-            ValueError: it was written in a format that this version does not read.
+            RunError: it was written in a format that this version does not read.
         """
         steps = self.steps()
         if not steps:
             return None
         state: dict[str, Any] = torch.load(self.path(steps[-1]) / "state.pt", map_location="cpu", weights_only=True)
         if state.get("format") != FORMAT:
-            raise ValueError(f"{self.path(steps[-1])} has format {state.get('format')}, this version reads {FORMAT}")
+            raise RunError(
+                f"{self.path(steps[-1])} has format {state.get('format')}, this version reads {FORMAT}; "
+                "resume it with the version that wrote it, or start a run with another --name"
+            )
         return state
 
     def save(self, step: int, state: dict[str, Any]) -> str | None:
@@ -62,7 +69,10 @@ class CheckpointStore:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            torch.save({"format": FORMAT, **state}, partial / "state.pt")
+            with open(partial / "state.pt", "wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
             final = self.path(step)
             if final.exists():
                 shutil.rmtree(final)

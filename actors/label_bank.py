@@ -21,8 +21,14 @@ from actors.protocols import LabelPlan
 from actors.staleness import StalenessPolicy
 
 COLLAPSE_SHARE = 0.5
-"""Labels of a chunk have collapsed when they offer less than this share of the pixels, or of the effective number of
+"""Labels of a chunk look collapsed when they offer less than this share of the pixels, or of the effective number of
 classes, that the same images had before."""
+
+
+REFUSALS_TO_BLOCK = 3
+"""Chunks whose labels look collapsed before the weights are held to have collapsed. One odd chunk is not a collapse."""
+ERRORS_TO_FAIL = 5
+"""Calls in a row that may fail with an error of the teacher's code (not its death) before the run ends."""
 
 
 @dataclass
@@ -87,6 +93,7 @@ class LabelBook:
         self.counters = Counters()
         self.histogram = np.zeros((plan.rule.num_classes, 256), np.int64)
         self._thresholds: np.ndarray | None = None
+        self._refused: dict[int, list[int]] = {}
 
     @property
     def policy(self) -> StalenessPolicy:
@@ -103,7 +110,9 @@ class LabelBook:
         candidates = [
             chunk
             for chunk in range(len(self.ranges))
-            if chunk not in self.busy and self.policy.admit(newest, self._held(chunk), self.blocked)
+            if chunk not in self.busy
+            and newest not in self._refused.get(chunk, ())
+            and self.policy.admit(newest, self._held(chunk), self.blocked)
         ]
         if not candidates:
             return None
@@ -117,10 +126,9 @@ class LabelBook:
         self.counters.teacher_seconds += header.seconds
         self.counters.skipped += [path for path in header.skipped if path not in self.counters.skipped]
         old = self.entries.get(header.chunk)
-        if old is not None and self._collapsed(old, header):
-            self.blocked.add(header.version)
-            self.counters.collapsed_blocks += 1
+        if old is not None and self._refuse(old, header):
             return False
+        self._refused.pop(header.chunk, None)
         if old is not None:
             self.histogram -= old.histogram
         self.sequence += 1
@@ -143,6 +151,14 @@ class LabelBook:
             self.histogram -= entry.histogram
             del self.entries[chunk]
             self.counters.lost_blocks += 1
+            self._thresholds = None
+
+    def rewind(self, step: int) -> None:
+        """The student came back at an earlier step: labels of weights that it has not made yet are no one's."""
+        for chunk, version in [(c, e.version) for c, e in self.entries.items() if e.version > step]:
+            self.lose(chunk, version)
+        self.blocked = {version for version in self.blocked if version <= step}
+        self._refused.clear()
 
     def thresholds(self) -> np.ndarray | None:
         """Per-class confidence thresholds from all live records, or None where the rule needs none."""
@@ -183,6 +199,21 @@ class LabelBook:
         entry = self.entries.get(chunk)
         return (-1, -1) if entry is None else (entry.version, entry.sequence)
 
+    def _refuse(self, old: Entry, new: Header) -> bool:
+        """Refuse a block whose labels look collapsed; after as many refusals of different weights it is believed."""
+        if new.version in self.blocked:
+            return True
+        refused = self._refused.setdefault(new.chunk, [])
+        if not self._collapsed(old, new) or len(refused) >= REFUSALS_TO_BLOCK:
+            return False
+        refused.append(new.version)
+        self.counters.collapsed_blocks += 1
+        if sum(new.version in versions for versions in self._refused.values()) >= min(
+            REFUSALS_TO_BLOCK, len(self.ranges)
+        ):
+            self.blocked.add(new.version)
+        return True
+
     def _collapsed(self, old: Entry, new: Header) -> bool:
         before, now = old.class_pixels, new.class_pixels
         if not before.sum():
@@ -214,9 +245,9 @@ class LabelBank:
         self.book: LabelBook | None = None
         self.student_step = 0
         self.feeders: list[asyncio.Task[None]] = []
-        self.idle_seconds = 0.0
         self.feeding_since = time.monotonic()
         self.round_file: str | None = None
+        self.fatal: str | None = None
 
     async def poll(self, stage: int, stage_version: int, since: int, step: int) -> Delta:
         """Answer a student, and begin its stage when this is the first word of it.
@@ -230,7 +261,8 @@ class LabelBank:
             step: the student's step.
         """
         if stage > self.stage:
-            await self._begin(stage, stage_version)
+            self._open(stage, stage_version)
+            self._start_feeding()
         assert self.book is not None
         self.student_step = max(self.student_step, step)
         return Delta(
@@ -245,6 +277,12 @@ class LabelBank:
         """A student could not read a block that this bank believes live."""
         if self.book is not None:
             self.book.lose(chunk, version)
+
+    async def rewind(self, step: int) -> None:
+        """See :meth:`LabelBook.rewind`."""
+        self.student_step = step
+        if self.book is not None:
+            self.book.rewind(step)
 
     async def index(self) -> dict[str, Any]:
         """What a checkpoint keeps of the bank."""
@@ -268,6 +306,7 @@ class LabelBank:
             "blocks_lost": book.counters.lost_blocks,
             "blocks_collapsed": book.counters.collapsed_blocks,
             "skipped": list(book.counters.skipped),
+            "fatal": self.fatal,
             "class_shares": book.class_shares().tolist(),
         }
 
@@ -277,15 +316,16 @@ class LabelBank:
 
     async def reopen(self, stage: int, stage_version: int, path: str) -> None:
         """Take over a complete round that :func:`actors.label_rounds.write_round` wrote before a resume."""
-        await self._begin(stage, stage_version, feed=False)
+        self._open(stage, stage_version)
         assert self.book is not None
         count = len(self.book.ranges)
         headers_ref, *blocks = ray.remote(num_cpus=0)(read_round).options(num_returns=1 + count).remote(path, count)
         for header, block in zip(await headers_ref, blocks, strict=True):
             self.book.accept(header, block)
         self.round_file = path
+        self._start_feeding()
 
-    async def _begin(self, stage: int, stage_version: int, feed: bool = True) -> None:
+    def _open(self, stage: int, stage_version: int) -> None:
         for feeder in self.feeders:
             feeder.cancel()
         plan = self.plans[stage]
@@ -293,18 +333,21 @@ class LabelBank:
         self.round_file = None
         self.book = LabelBook(self.images, self.rows[stage], plan)
         self.feeding_since = time.monotonic()
-        if feed:
-            self.feeders = [
-                asyncio.create_task(self._feed(teacher))
-                for teacher in self.teachers
-                for _ in range(self.calls_in_flight)
-            ]
+
+    def _start_feeding(self) -> None:
+        self.feeders = [
+            asyncio.create_task(self._feed(teacher)) for teacher in self.teachers for _ in range(self.calls_in_flight)
+        ]
 
     async def _feed(self, teacher: Any) -> None:
         """Keep one call to one teacher under way for as long as the stage lasts."""
         book, stage = self.book, self.stage
         assert book is not None
+        once, errors = book.policy.refresh == "once", 0
         while True:
+            if once and book.round_complete:
+                await asyncio.sleep(1.0)
+                continue
             try:
                 newest = await self._version()
             except ray.exceptions.RayError:
@@ -318,13 +361,17 @@ class LabelBank:
                     stage, chunk, *book.ranges[chunk], newest, self.student_step
                 )
                 book.accept(await header_ref, block)
-                if book.round_complete and book.policy.refresh == "once":
+                errors = 0
+                if once and book.round_complete:
                     await self._keep_round(book)
             except asyncio.CancelledError:
                 book.busy.discard(chunk)
                 raise
-            except ray.exceptions.RayError:
+            except ray.exceptions.RayError as error:
                 book.fail(chunk)
+                errors = errors + 1 if isinstance(error, ray.exceptions.RayTaskError) else 0
+                if errors >= ERRORS_TO_FAIL:
+                    self.fatal = f"a teacher cannot label: {str(error).strip().splitlines()[-1]}"
                 await asyncio.sleep(0.2)
 
     async def _keep_round(self, book: LabelBook) -> None:
@@ -341,8 +388,10 @@ class LabelBank:
 
     async def _version(self) -> int | None:
         """The weights version that a teacher should use now."""
-        newest = await self.board.newest_version.remote()
-        if newest is None or newest < self.stage_version:
-            return None
         assert self.book is not None
-        return self.stage_version if self.book.policy.refresh == "once" else int(newest)
+        if self.book.policy.refresh == "once":
+            # The round's own weights are gone only when a round is lost after a resume: it is then made anew.
+            version = await self.board.nearest_version.remote(self.stage_version)
+        else:
+            version = await self.board.newest_version.remote()
+        return None if version is None or version < self.stage_version else int(version)

@@ -187,6 +187,8 @@ class LabelView:
     def _take(self, reference: Any) -> None:
         try:
             delta: Delta = self.transport.get(reference)
+        except ray.exceptions.RayTaskError:
+            raise  # the bank lives and its code failed: no later answer will be better
         except ray.exceptions.RayError:
             return
         if delta.stage != self.stage:

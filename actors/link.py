@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from actors.errors import RunError
 from actors.label_view import LabelView, Transport
 from actors.protocols import RunPlan
 from actors.publisher import Publisher
@@ -39,7 +40,7 @@ class ClusterLink:
         self.plan, self.handles, self.rank = plan, handles, rank
         self.inside_train, self.suffix = inside_train, f":{name}" if name else ""
         lead = rank == 0 and handles.board is not None
-        self.publisher = Publisher(handles.board, handles.evaluator) if lead else None
+        self.publisher = Publisher(handles.board, handles.bank, handles.evaluator) if lead else None
         self._stop = False
         self._asked: Any = None
         self._asked_at = 0.0
@@ -97,7 +98,13 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["threads"])
     link = ClusterLink(config["plan"], config["handles"], rank, inside_train=True)
     device = ray.train.torch.get_device()
-    return Student(config["plan"], link, rank, world, device).run()
+    try:
+        return Student(config["plan"], link, rank, world, device).run()
+    except (RunError, ray.exceptions.RayTaskError) as error:
+        # Ray Train would start the same mistake again; the driver hears of it here and ends the run.
+        inner = getattr(error, "cause", None)
+        ray.get(config["handles"].run_log.fail.remote(str(inner if isinstance(inner, RunError) else error)))
+        raise
 
 
 def train_alone(plan: RunPlan, handles: Handles, threads: int, name: str) -> dict[str, Any]:

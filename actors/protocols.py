@@ -184,6 +184,8 @@ class ObjectiveContext:
     """What an objective may know of the process it runs in."""
 
     device: torch.device
+    sum_over_students: Callable[[Tensor], Tensor]
+    """Sums a tensor over the students, for statistics of the global batch; returns it as it is with one."""
     average_gradients: Callable[[Sequence[nn.Parameter]], None]
     """Averages .grad over the students; does nothing with one."""
 
@@ -227,6 +229,7 @@ class StagePlan:
         statistics: ``running`` keeps the batch-norm statistics that training left behind (both domains mixed);
             ``target`` estimates them anew on recent target images before weights are published.
         dropout: channel dropout rate of the student in this stage; None leaves the network's own.
+        plain_view: how target images look without augmentation, for ``statistics="target"``.
     """
 
     name: str
@@ -241,6 +244,7 @@ class StagePlan:
     ema_decay: float | None = None
     statistics: Literal["running", "target"] = "running"
     dropout: float | None = None
+    plain_view: View | None = None
 
 
 @dataclass(frozen=True)

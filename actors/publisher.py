@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actors.protocols import View
 from models.networks.deeplab import adapt_batch_norm, ema_update
 
-STATISTICS_BATCHES = 8
+STATISTICS_BATCHES = 4
 """Recent target batches from which batch-norm statistics are estimated."""
 
 
@@ -31,7 +31,8 @@ class TeachingNetwork:
         decay: of the exponential moving average; None follows the student exactly.
         statistics: ``running`` takes the student's batch-norm statistics as they are, ``target`` estimates them on
             the target batches seen last.
-        view: turns remembered raw target batches into network input again.
+        view: turns remembered raw target batches into network input again, as a teacher would see them.
+        before: the stage before; an average goes on from its average, not from the raw student.
     """
 
     def __init__(
@@ -41,12 +42,17 @@ class TeachingNetwork:
         decay: float | None,
         statistics: Literal["running", "target"],
         view: View | None,
+        before: TeachingNetwork | None = None,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.network.load_state_dict(student.state_dict())
+        self.decay: float | None = decay
+        goes_on = before is not None and decay is not None and before.decay is not None
+        self.network.load_state_dict(before.network.state_dict() if before and goes_on else student.state_dict())
         self.state = dict(self.network.state_dict())
-        self.decay, self.statistics, self.view = decay, statistics, view
+        self.statistics, self.view = statistics, view
         self.recent: deque[tuple[Tensor, np.ndarray]] = deque(maxlen=STATISTICS_BATCHES)
+        if before is not None:
+            self.recent.extend(before.recent)
 
     def remember(self, images: Tensor, positions: np.ndarray) -> None:
         """Keep a raw target batch, uint8 N×H×W×3, for the statistics."""
@@ -83,10 +89,10 @@ class TeachingNetwork:
 class Publisher:
     """Puts weights into the object store in a thread and hangs them on the board; rank 0 only."""
 
-    def __init__(self, board: Any, evaluator: Any | None) -> None:
-        self.board, self.evaluator = board, evaluator
+    def __init__(self, board: Any, bank: Any | None, evaluator: Any | None) -> None:
+        self.board, self.bank, self.evaluator = board, bank, evaluator
         self.version: int | None = None
-        self.skipped_scores = 0
+        self.skipped_scores = self.failures = 0
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
         self._scoring: Any = None
@@ -106,14 +112,18 @@ class Publisher:
         self._pending = self._pool.submit(self._put, version, weights, pin, score)
 
     def rewind(self, step: int) -> None:
-        """Tell the board that the student stands at an earlier step than it may have seen."""
-        ray.get(self.board.rewind.remote(step))
+        """Tell board and bank that the student stands at an earlier step than they may have seen."""
+        ray.get([board.rewind.remote(step) for board in (self.board, self.bank) if board is not None])
 
     def flush(self) -> None:
         """Wait until the last publication hangs on the board."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.result()
+        except ray.exceptions.RayError:  # a board that is just restarting: the next version will hang there
+            self.failures += 1
 
     def _put(self, version: int, weights: dict[str, np.ndarray], pin: bool, score: bool) -> None:
         reference = ray.put(weights)

@@ -131,7 +131,7 @@ def decode(table: pa.Table, row: int) -> dict[str, np.ndarray]:
                 break
             offset -= len(chunk)
         size = prod(shape)
-        result[name] = np.frombuffer(
-            chunk.buffers()[1], np.uint8, count=size, offset=(chunk.offset + offset) * size
-        ).reshape(shape)
+        view = np.frombuffer(chunk.buffers()[1], np.uint8, count=size, offset=(chunk.offset + offset) * size)
+        view.flags.writeable = False
+        result[name] = view.reshape(shape)
     return result

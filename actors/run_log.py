@@ -20,6 +20,7 @@ class RunLog:
         self.newest: dict[str, Any] = {}
         self.messages: list[str] = []
         self.stop_requested = False
+        self.failure: str | None = None
         self._events: Any = None
         self.dropped_lines = 0
 
@@ -47,9 +48,18 @@ class RunLog:
         self.messages.append(message)
         self.write("event", step, {"message": message})
 
+    def fail(self, message: str) -> None:
+        """Something that no restart mends: the driver ends the run with this sentence."""
+        self.failure = message
+
     def watch(self, seen: int = 0) -> dict[str, Any]:
-        """Newest numbers of every kind, and the messages after the first ``seen``."""
-        return {"newest": self.newest, "messages": self.messages[seen:], "dropped_lines": self.dropped_lines}
+        """Newest numbers of every kind, the messages after the first ``seen``, and a fatal error if there is one."""
+        return {
+            "newest": self.newest,
+            "messages": self.messages[seen:],
+            "failure": self.failure,
+            "dropped_lines": self.dropped_lines,
+        }
 
     def request_stop(self) -> None:
         """Ask the students to save and return; they poll :meth:`should_stop`."""

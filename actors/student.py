@@ -141,6 +141,7 @@ class Student:
         self.store = CheckpointStore(f"{plan.folder}/checkpoints")
         torch.manual_seed(plan.seed)
         self.network = plan.network().to(device)
+        self._dropout = {m: m.p for m in self.network.modules() if isinstance(m, nn.Dropout2d)}
         self.step = 0
         self.tally = Tally()
         self.stopped = False
@@ -178,9 +179,9 @@ class Student:
         """Take batches, step, publish, log, save, until the stage or the run ends."""
         plan, end = stage.plan, stage.first_step + stage.plan.steps
         if stage.view is not None and plan.labels is not None and plan.labels.policy.refresh == "once":
-            complete = stage.view.wait_for_round(self.step, self._should_stop_now)
-            if not complete:
-                self.stopped = True
+            complete = stage.view.wait_for_round(self.step, self.link.stop_requested)
+            self.stopped = self._any_rank(not complete)
+            if self.stopped:
                 return
         last = time.perf_counter()
         while self.step < end:
@@ -194,13 +195,13 @@ class Student:
             at_end = self.step == end
             if self.step % self.plan.log_every == 0 or at_end:
                 self._log(stage)
-            if self._every(self.plan.publish_every) or at_end:
+            # The end of a stage is published and saved by the beginning of the next one.
+            finished = self.step == self.plan.total_steps
+            if (self._every(self.plan.publish_every) and not at_end) or finished:
                 self._publish(stage)
             self.stopped = self._stop_agreed()
-            # The end of a stage is saved by the beginning of the next one, with the fresh optimiser.
-            at_end = self.step == self.plan.total_steps
-            if self.stopped or at_end or (self._every(self.plan.checkpoint_every) and self.step < end):
-                self._checkpoint(stage, now=self.stopped or at_end)
+            if self.stopped or finished or (self._every(self.plan.checkpoint_every) and not at_end):
+                self._checkpoint(stage, now=self.stopped or finished)
             if self.stopped:
                 return
 
@@ -279,22 +280,19 @@ class Student:
         first_step = sum(stage.steps for stage in self.plan.stages[:index])
         if previous is not None and plan.starts_from == "teacher":
             self.network.load_state_dict(previous.network.state_dict())
-        if plan.dropout is not None:
-            for module in self.network.modules():
-                if isinstance(module, nn.Dropout2d):
-                    module.p = plan.dropout
+        torch.manual_seed(_step_seed(self.plan.seed, first_step, 0))  # the objective's modules start alike everywhere
+        for module, rate in self._dropout.items():
+            module.p = rate if plan.dropout is None else plan.dropout
         optimiser = plan.optimiser(self.network)
-        objective = plan.objective(ObjectiveContext(self.device, self._average_gradients))
-        target = plan.streams.get("target")
+        objective = plan.objective(ObjectiveContext(self.device, self._sum_over_students, self._average_gradients))
         teaching = TeachingNetwork(
             self.plan.network().to(self.device),
             self.network,
             plan.ema_decay,
             plan.statistics,
-            None if target is None else target.view,
+            plan.plain_view,
+            previous,
         )
-        if previous is not None:
-            teaching.recent = previous.recent
         if state is not None:
             optimiser.load_state_dict(state["optimiser"])
             objective.load_state_dict(state["objective"])
@@ -337,8 +335,7 @@ class Student:
     def _checkpoint(self, stage: StageState, now: bool) -> None:
         """Save; and report to Train at the same steps on every rank."""
         if self.lead:
-            if now:
-                stage.teaching.settle(self.network)
+            stage.teaching.settle(self.network)
             state = {
                 "stage": stage.index,
                 "step": self.step,
@@ -380,7 +377,7 @@ class Student:
         if not np.isfinite(means).all():
             raise RunError(
                 f"the loss is no finite number any more at step {self.step} ({dict(zip(names, means, strict=True))}); "
-                "lower the learning rate, or resume from an earlier checkpoint with another seed"
+                "start a run with another --seed; if it happens again, the data or an option of the recipe is at fault"
             )
         if self.lead:
             summary = self.tally.summary()
@@ -403,7 +400,7 @@ class Student:
                 self.tally.skipped.append(path)
                 self.link.say(f"skipped an unreadable image: {path}", self.step)
         images = min(getattr(stream, "images", np.inf) for stream in stage.plan.streams.values())
-        if len(self.tally.skipped) > self.plan.max_skipped_share * images:
+        if len(self.tally.skipped) > self.plan.max_skipped_share * images / self.world:
             raise RunError(
                 f"{len(self.tally.skipped)} of {images} images cannot be read, more than "
                 f"{self.plan.max_skipped_share:.0%}: {', '.join(self.tally.skipped[:3])}. Repair or remove them."
@@ -438,9 +435,6 @@ class Student:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world
 
-    def _should_stop_now(self) -> bool:
-        return self.link.stop_requested()
-
     def _stop_agreed(self) -> bool:
         """Whether to stop after this step; all ranks say the same."""
         if self.world == 1:
@@ -450,9 +444,20 @@ class Student:
             return self.link.stop_requested()
         if self.step % self.plan.log_every:
             return False
-        flag = torch.tensor([float(self.link.stop_requested())], device=self.device)
+        return self._any_rank(self.link.stop_requested())
+
+    def _any_rank(self, mine: bool) -> bool:
+        """Whether any student says so; every rank asks at the same place."""
+        if self.world == 1:
+            return mine
+        flag = torch.tensor([float(mine)], device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
+
+    def _sum_over_students(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

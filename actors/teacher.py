@@ -85,7 +85,8 @@ class Labeller:
             for index, made in zip(indices, rule.label(self.network, views, seeds), strict=True):
                 if index in unreadable:
                     skipped.append(unreadable[index])
-                    made.columns["label"] = np.full_like(made.columns["label"], 255)
+                    column = self.plans[stage].label_column
+                    made.columns[column] = np.full_like(made.columns[column], 255)
                     made.class_pixels = np.zeros_like(made.class_pixels)
                 else:
                     histogram += made.histogram

@@ -42,6 +42,10 @@ class WeightBoard:
         """Version of the newest weights, or None before the first are published."""
         return max(self._alive) if self._alive else None
 
+    def nearest_version(self, wanted: int) -> int | None:
+        """``wanted`` while it is alive, else the newest; None before the first are published."""
+        return wanted if wanted in self._alive else self.newest_version()
+
     def take(self, version: int) -> list[Any]:
         """The reference of a version, in a list.
 

@@ -47,7 +47,7 @@ class Schedule:
     steps: int = 1000
     batch: int = 4
     crop: tuple[int, int] = (256, 128)
-    lr: float = 0.03
+    lr: float = 0.2
     warmup: int = 50
     momentum: float = 0.9
     decay: float = 5e-4

@@ -35,6 +35,7 @@ class ClassBalance(nn.Module):
         max_value: weight of a small and of an absent class.
         often_balance: without it o stays 1.
         momentum: share of o kept per batch.
+        total: sums a tensor over all processes that share the batch; None where one process has it all.
     """
 
     often: Tensor
@@ -47,8 +48,10 @@ class ClassBalance(nn.Module):
         max_value: float = 7.0,
         often_balance: bool = True,
         momentum: float = 0.9,
+        total: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.total = total
         self.num_classes = num_classes
         self.small_class_pixels = small_class_pixels
         self.max_value = max_value
@@ -67,11 +70,14 @@ class ClassBalance(nn.Module):
             float32 (C,) on the labels' device.
         """
         counts = class_counts(labels, self.num_classes)
+        images = torch.full_like(counts[:1], labels.shape[0])
+        if self.total is not None:
+            counts, images = self.total(torch.cat([counts, images])).split([self.num_classes, 1])
         one = torch.ones_like(self.often)
         if self.often_balance:
             absent = torch.where(counts == 0, self.max_value * one, one)
             self.often.mul_(self.momentum).add_(absent, alpha=1.0 - self.momentum)
-        small = torch.where(counts < self.small_class_pixels * labels.shape[0], self.max_value * one, one)
+        small = torch.where(counts < self.small_class_pixels * images, self.max_value * one, one)
         return small * self.often
 
 

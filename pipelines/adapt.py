@@ -16,7 +16,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from actors.checkpoints import CheckpointStore
-from actors.errors import RunError
+from actors.errors import RunError, UnreadableImage
 from actors.evaluator import Evaluator
 from actors.label_bank import LabelBank
 from actors.link import Handles, train_alone, train_loop
@@ -115,6 +115,7 @@ class Run:
         self.setup, self.shares, self.watch, self.seconds = setup, shares, watch, seconds
         self.seen_messages = 0
         self.teacher_status: dict[str, Any] = {}
+        self.step = 0
         self.run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote(setup.plan.folder)
         self.board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote()
         # Kept, because an actor that restarts needs its arguments again. A short list travels by value: Ray prints a
@@ -235,6 +236,10 @@ class Run:
         for text in seen["messages"]:
             self.watch("message", {"text": text})
         self.seen_messages += len(seen["messages"])
+        self.step = seen["newest"].get("train", {}).get("step", 0)
+        failure = seen["failure"] or self.teacher_status.get("fatal")
+        if failure:
+            raise RunError(failure)
         self.watch("progress", {**seen["newest"], "teachers": self.teacher_status})
 
     def _tell_failures(self, status: dict[str, Any]) -> None:
@@ -247,7 +252,7 @@ class Run:
             )
         shown = {k: v for k, v in status.items() if k not in ("skipped", "class_shares")}
         if status.get("labels_made") != self.teacher_status.get("labels_made"):
-            self.run_log.write.remote("teachers", 0, {**shown, "class_shares": status["class_shares"]})
+            self.run_log.write.remote("teachers", self.step, {**shown, "class_shares": status["class_shares"]})
 
     def _reopen_round(self) -> None:
         """Give the bank back the finished round of ``refresh="once"`` that the newest checkpoint names."""
@@ -258,7 +263,13 @@ class Run:
         path = index.get("round_file")
         if index.get("stage") == stage and path:
             version = sum(plan.steps for plan in self.setup.plan.stages[:stage])
-            ray.get(self.bank.reopen.remote(stage, version, path))
+            try:
+                ray.get(self.bank.reopen.remote(stage, version, path))
+            except ray.exceptions.RayError as error:
+                cause = str(getattr(error, "cause", error)).splitlines()[0]
+                self.watch(
+                    "message", {"text": f"the round of labels in {path} cannot be read ({cause}); it is made anew"}
+                )
         elif index.get("stage") == stage:
             text = f"labels are made again after the resume ({index.get('images', 0)} had been made)"
             self.watch("message", {"text": text})
@@ -298,14 +309,21 @@ class Run:
         began = time.monotonic()
         self.watch("phase", {"name": "score", "text": "scoring"})
         state = CheckpointStore(f"{self.setup.plan.folder}/checkpoints").newest()
-        assert state is not None
+        if state is None or state["step"] != self.setup.plan.total_steps:
+            raise RunError(
+                f"the last step could not be saved, so there is nothing to score: free space in "
+                f"{self.setup.plan.folder} and continue with --resume"
+            )
         adapted = {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
         jobs = {"adapted": self.evaluator.score_weights.remote(adapted)}
         for name, weights in references.items():
             jobs[name] = self.evaluator.score_weights.remote(weights)
         if "source_only" in references:
             jobs["adabn"] = self.evaluator.adabn.remote(references["source_only"])
-        scores = {name: ray.get(job) for name, job in jobs.items()}
+        try:
+            scores = {name: ray.get(job) for name, job in jobs.items()}
+        except ray.exceptions.RayError as error:
+            raise _readable(error) from error
         self.seconds["score"] = time.monotonic() - began
         return scores
 
@@ -324,7 +342,7 @@ def _readable(error: BaseException) -> BaseException:
         if item is None or item in seen:
             continue
         seen.append(item)
-        if isinstance(item, RunError):
+        if isinstance(item, RunError | UnreadableImage):
             return item
         failures = getattr(item, "worker_failures", {})
         queue += [item.__cause__, item.__context__, getattr(item, "cause", None), *failures.values()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ def start(options: AdaptOptions) -> str | None:
         context = ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR)
         return str(context.dashboard_url)
     context = ray.init(
-        num_cpus=2 * (os.cpu_count() or 1),
+        num_cpus=max(4, 2 * (os.cpu_count() or 1)),
         include_dashboard=options.dashboard,
         dashboard_host="127.0.0.1",
         object_store_memory=OBJECT_STORE_BYTES if options.resolved_preset != "full" else None,
@@ -76,9 +77,9 @@ def shares(options: AdaptOptions, resources: dict[str, float]) -> Shares:
         )
     teacher, evaluator = {"CPU": TEACHER_CPUS}, {"CPU": EVALUATOR_CPUS}
     student: dict[str, float] = {"CPU": float(options.threads)}
-    if gpus:
+    if gpus >= 1:
         on_one = -(-(options.students + options.teachers) // int(gpus))
-        part = 1.0 if on_one == 1 else round(0.9 / on_one, 3)
+        part = 1.0 if on_one == 1 else math.floor(900 / on_one) / 1000
         if on_one > 8:
             raise RunError(
                 f"{options.students} students and {options.teachers} teachers would be {on_one} to a GPU on "

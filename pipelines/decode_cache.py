@@ -8,6 +8,7 @@ rename, so two processes may fill the same cache.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -29,7 +30,6 @@ class DecodeCache:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else str(folder)
-        self._unwritable = False
 
     def get(self, path: str, size: Size, kind: str, decode: Callable[[], np.ndarray]) -> np.ndarray:
         """The pixels of a file.
@@ -43,7 +43,7 @@ class DecodeCache:
         Returns:
             uint8 array, read-only when it comes from the cache.
         """
-        if self.folder is None or self._unwritable:
+        if self.folder is None:
             return decode()
         try:
             status = os.stat(path)
@@ -71,8 +71,8 @@ class DecodeCache:
                 writer.write_batch(pa.record_batch([data], schema=schema))
             partial.rename(entry)
         except OSError:  # a full or read-only disk costs speed, not the run
-            partial.unlink(missing_ok=True)
-            self._unwritable = True
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def _read(entry: Path) -> np.ndarray:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import tomli_w
 
@@ -38,8 +38,9 @@ class AdaptOptions:
     """Decides initialisation, sample order, augmentation and dropout."""
     faithful: bool = False
     """Behave as the published system where the default departs from it."""
-    refresh: Literal["continuous", "once"] = "continuous"
-    """continuous: teachers re-label without end. once: one round of labels before self-training, as published."""
+    refresh: Literal["auto", "continuous", "once"] = "auto"
+    """continuous: teachers re-label without end. once: one round of labels before self-training, as published.
+    auto: continuous, or once with --faithful."""
     students: int = 1
     """Student processes; they share every batch."""
     teachers: int = 1
@@ -69,8 +70,20 @@ class AdaptOptions:
         for name in ("students", "teachers", "threads"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name} is {getattr(self, name)}; a run needs at least one")
+        for field_ in dataclasses.fields(self):
+            allowed = get_args(get_type_hints(AdaptOptions)[field_.name])
+            given = getattr(self, field_.name)
+            if isinstance(field_.default, str) and allowed and type(None) not in allowed and given not in allowed:
+                raise RunError(f"{field_.name} is {given!r}; choose one of {', '.join(map(str, allowed))}")
         if self.seed < 0:
             raise RunError(f"--seed is {self.seed}; give a number that is not negative")
+
+    @property
+    def resolved_refresh(self) -> Literal["continuous", "once"]:
+        """The refresh that auto stands for."""
+        if self.refresh != "auto":
+            return self.refresh
+        return "once" if self.faithful else "continuous"
 
     @property
     def resolved_preset(self) -> str:
@@ -109,12 +122,12 @@ def read_config(folder: str | Path) -> AdaptOptions:
     if not path.is_file():
         raise RunError(f"{folder} is no run directory: it has no config.toml. Give a folder that a run printed.")
     try:
-        plain: dict[str, Any] = tomllib.loads(path.read_text())
+        plain: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
         nested: dict[str, Any] = {
             "eplc": EplcOptions(**plain.pop("eplc", {})),
             "mrnet": MrnetOptions(**plain.pop("mrnet", {})),
         }
         options = AdaptOptions(**plain, **nested)
-    except (TypeError, tomllib.TOMLDecodeError) as error:
+    except (TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RunError(f"{path} cannot be read by this version: {error}") from error
     return dataclasses.replace(options, runs=str(folder.parent), name=folder.name)

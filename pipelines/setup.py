@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from actors.errors import RunError
 from actors.evaluator import Scorer
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from models.networks.deeplab import DeepLab, DeepLabConfig
@@ -91,7 +92,7 @@ def resolve(options: AdaptOptions) -> Setup:
     pair = benchmark(options.benchmark)
     size = preset(options.resolved_preset, pair)
     if options.steps is not None:
-        size = size.with_steps(options.steps)
+        size = size.with_steps(options.steps, chosen.schedules)
     domains = open_domains(options, pair)
     named = options if options.name else replace(options, name=_default_name(options))
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
@@ -100,7 +101,7 @@ def resolve(options: AdaptOptions) -> Setup:
         num_classes=len(pair.classes.names),
         seed=options.seed,
         faithful=options.faithful,
-        refresh=options.refresh,
+        refresh=options.resolved_refresh,
         source=_opener(domains.source, options.seed, "source", cache),
         target=_opener(domains.target, options.seed, "target", cache),
         target_labelled=None
@@ -108,6 +109,12 @@ def resolve(options: AdaptOptions) -> Setup:
         else _opener(domains.target_labelled, options.seed, "target", cache),
     )
     stages = chosen.stages(ingredients, getattr(options, options.recipe))
+    for stage in stages:
+        if stage.batch % options.students:
+            raise RunError(
+                f"stage {stage.name} has batches of {stage.batch}, which {options.students} students cannot share "
+                f"evenly; use a number of --students that divides {stage.batch}"
+            )
     folder = named.folder()
     plan = _plan(named, size, stages, folder)
     references = _references(named, size, ingredients, plan) if wants_references(options) else {}

@@ -33,7 +33,7 @@ BLOCK_BYTES = 8_000_000
 SEGMENT_BLOCKS = 64
 QUEUE_BATCHES = 4
 SPARES = 4
-"""Samples that every block carries to stand in for unreadable ones."""
+"""An unreadable sample is replaced by the one at the next position, up to this many positions further."""
 
 
 @lru_cache(maxsize=8)
@@ -98,12 +98,13 @@ class SplitReader:
 
 @dataclass(frozen=True)
 class SampleFile:
-    """Where one sample of a block is read from."""
+    """Where one sample of a block is read from. A spare is read only in place of an unreadable sample."""
 
     position: int
     index: int
     image: str
     label: str | None
+    spare: bool = False
 
 
 @dataclass
@@ -162,13 +163,16 @@ class SampleStream:
         return ray.data.read_datasource(source, num_cpus=self.read_cpus, override_num_blocks=len(blocks), concurrency=2)
 
     def _files(self, positions: np.ndarray) -> list[SampleFile]:
-        """Files of a block, its spares behind them."""
-        spares = np.arange(positions[-1] + 1, positions[-1] + 1 + SPARES)
-        wanted = np.concatenate([positions, spares])
+        """Files of a block, and behind them those of the next positions that are not in it themselves."""
+        next_ones = (positions[:, None] + np.arange(1, SPARES + 1)).reshape(-1)
+        spares = np.setdiff1d(next_ones, positions)
+        every = np.concatenate([positions, spares])
         labels = self.split.label_paths
         return [
-            SampleFile(int(p), int(i), self.split.image_paths[i], None if labels is None else labels[i])
-            for p, i in zip(wanted, self.indices(wanted), strict=True)
+            SampleFile(
+                int(p), int(i), self.split.image_paths[i], None if labels is None else labels[i], k >= len(positions)
+            )
+            for k, (p, i) in enumerate(zip(every, self.indices(every), strict=True))
         ]
 
 
@@ -183,7 +187,7 @@ class _BlockSource(Datasource):
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all blocks."""
-        rows = sum(len(block) - SPARES for block in self.blocks)
+        rows = sum(not file.spare for block in self.blocks for file in block)
         return rows * self.size[0] * self.size[1] * (3 if self.encoding is None else 4)
 
     def get_read_tasks(
@@ -193,7 +197,7 @@ class _BlockSource(Datasource):
         size, encoding, cache = self.size, self.encoding, self.cache
         tasks = []
         for files in self.blocks:
-            rows = len(files) - SPARES
+            rows = sum(not file.spare for file in files)
             metadata = BlockMetadata(
                 num_rows=rows,
                 size_bytes=rows * size[0] * size[1] * (3 if encoding is None else 4),
@@ -216,18 +220,21 @@ class _Reader:
 
 
 def read_block(files: Sequence[SampleFile], size: Size, encoding: LabelEncoding | None, cache: DecodeCache) -> pa.Table:
-    """Decode a block; unreadable samples are replaced by the block's spares and named.
+    """Decode a block; an unreadable sample is replaced by the one at the next position, and named.
+
+    What replaces it is a function of its position, so a resumed run, whose blocks begin elsewhere, sees the same.
 
     Args:
-        files: the block's samples, then :data:`SPARES` more.
+        files: the block's samples and their spares.
         size: (width, height).
         encoding: of the labels; None reads images only.
         cache: the decode cache.
 
     Raises:
-        RunError: more samples of this one block are unreadable than there are spares.
+        RunError: a sample and all that could replace it are unreadable.
     """
-    wanted, spares = list(files[:-SPARES]), list(files[-SPARES:])
+    wanted = [file for file in files if not file.spare]
+    by_position = {file.position: file for file in files}
     width, height = size
     images = np.empty((len(wanted), height, width, 3), np.uint8)
     labels = np.empty((len(wanted), height, width), np.uint8)
@@ -242,12 +249,12 @@ def read_block(files: Sequence[SampleFile], size: Size, encoding: LabelEncoding 
                 break
             except UnreadableImage as error:
                 broken.append(error.path)
-                if not spares:
+                if len(broken) > SPARES:
                     raise RunError(
                         f"more than {SPARES} images of one block of {len(wanted)} cannot be read, among them "
                         f"{', '.join(broken)}. Repair or remove them."
                     ) from error
-                file = spares.pop(0)
+                file = by_position[file.position + 1]
         indices.append(file.index)
         skipped.append("\n".join(broken))
     columns = {
@@ -292,8 +299,8 @@ def _collate(table: pa.Table, size: Size) -> RawBatch:
     return RawBatch(
         images,
         labels,
-        table.column("position").to_numpy(),
-        table.column("index").to_numpy(),
+        np.array(table.column("position")),
+        np.array(table.column("index")),
         tuple(skipped),
     )
 
@@ -339,7 +346,7 @@ class _Segment:
     """One Ray Data execution behind a small queue."""
 
     def __init__(self, stream: SampleStream, positions: np.ndarray, rows: int, share: int) -> None:
-        self.queue: queue.Queue[RawBatch | BaseException] = queue.Queue(QUEUE_BATCHES)
+        self.queue: queue.Queue[RawBatch | BaseException | None] = queue.Queue(QUEUE_BATCHES)
         self.thread = threading.Thread(
             target=self._fill, args=(stream, positions, rows, share), name="segment", daemon=True
         )
@@ -350,6 +357,8 @@ class _Segment:
         item = self.queue.get()
         if isinstance(item, BaseException):
             raise item
+        if item is None:
+            raise RuntimeError("a Ray Data segment ended before its last batch")
         return item
 
     def _fill(self, stream: SampleStream, positions: np.ndarray, rows: int, share: int) -> None:
@@ -357,5 +366,6 @@ class _Segment:
             dataset = stream.dataset(positions, rows)
             for table in dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=1):
                 self.queue.put(_collate(table, stream.size))
+            self.queue.put(None)
         except BaseException as error:  # the student, not this thread, decides what an error means
             self.queue.put(error)

@@ -22,7 +22,7 @@ from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
 from pipelines.recipes.optimisation import Rate, Sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.supervised import SegmentationTerm, training_view
-from pipelines.views import class_mix
+from pipelines.views import Whole, class_mix
 
 PSEUDO_CROP_VALUES = 10
 ROBOT_CROP_VALUES = 4
@@ -64,10 +64,17 @@ class EplcOptions:
     def __post_init__(self) -> None:
         if not 0 < self.keep_share <= 1:
             raise RunError(f"keep_share is {self.keep_share}; give a share in (0, 1]")
+        for name in ("sure", "threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RunError(f"{name} is {getattr(self, name)}; give a probability in [0, 1]")
+        for name in ("max_std", "source_weight", "colour"):
+            if getattr(self, name) < 0:
+                raise RunError(f"{name} is {getattr(self, name)}; it cannot be negative")
         if self.passes < 1:
             raise RunError(f"passes is {self.passes}; labelling needs at least one pass")
-        if not 0 <= self.label_dropout < 1:
-            raise RunError(f"label_dropout is {self.label_dropout}; give a rate in [0, 1)")
+        for name in ("label_dropout", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RunError(f"{name} is {getattr(self, name)}; give a rate in [0, 1)")
         if self.mixing == "classes" and self.source_weight == 0:
             raise RunError("mixing='classes' pastes source images, so source_weight must not be 0")
 
@@ -92,8 +99,8 @@ class RectifiedObjective:
         self, term: SegmentationTerm, crop: tuple[int, int], options: EplcOptions, context: ObjectiveContext
     ) -> None:
         self.term, self.options = term, options
-        self.source_balance = term.balance(crop).to(context.device)
-        self.target_balance = term.balance(crop).to(context.device)
+        self.source_balance = term.balance(crop, context)
+        self.target_balance = term.balance(crop, context)
 
     def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
         """See :class:`actors.protocols.Objective`; methods §3.3 and §4.2."""
@@ -170,6 +177,7 @@ def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> Stage
         ema_decay=preset.ema_decay if options.teacher == "average" else None,
         statistics=options.statistics,
         dropout=options.dropout,
+        plain_view=Whole(),
     )
 
 
@@ -182,5 +190,6 @@ def stages(ingredients: Ingredients, options: EplcOptions) -> tuple[StagePlan, .
 RECIPE = Recipe(
     name="eplc",
     summary="MRNet stage I, then pseudo labels corrected by Monte-Carlo dropout and rectified training (default)",
+    schedules=2,
     stages=stages,
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actors.errors import RunError
 from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
 from models.losses import discriminator_loss, generator_loss, memory_regularisation
 from models.networks.deeplab import Logits, fused, upsample_logits
@@ -17,7 +18,7 @@ from models.schedule import poly
 from pipelines.recipes.optimisation import Rate, Sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.supervised import SegmentationTerm, training_view
-from pipelines.views import RandomCrop
+from pipelines.views import RandomCrop, Whole
 
 SOURCE_CROP_VALUES = 10
 """A source crop is drawn again until its label shows more than this many distinct values (methods §2.4)."""
@@ -42,6 +43,13 @@ class MrnetOptions:
     dropout: float = 0.1
     """Channel dropout rate of the student."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise RunError(f"dropout is {self.dropout}; give a rate in [0, 1)")
+        for name in ("adversarial_aux", "adversarial_main", "memory", "gradient_penalty", "discriminator_rate"):
+            if getattr(self, name) < 0:
+                raise RunError(f"{name} is {getattr(self, name)}; a weight or rate is not negative")
+
 
 class AlignmentObjective:
     """Supervised source loss, generator loss and memory regularisation; owns both discriminators."""
@@ -56,7 +64,7 @@ class AlignmentObjective:
         context: ObjectiveContext,
     ) -> None:
         self.term, self.options, self.horizon, self.context = term, options, horizon, context
-        self.balance = term.balance(crop).to(context.device)
+        self.balance = term.balance(crop, context)
         self.discriminators = nn.ModuleDict(
             {head: MultiScaleDiscriminator(term.num_classes, width=discriminator_width) for head in ("aux", "main")}
         ).to(context.device)
@@ -127,7 +135,9 @@ class AlignmentObjective:
 def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePlan:
     """Stage I of MRNet, which is also stage I of EPLC."""
     preset, schedule = ingredients.preset, ingredients.preset.stages[0]
-    source_view = training_view(ingredients, schedule, more_than_values=SOURCE_CROP_VALUES)
+    source_view = replace(
+        training_view(ingredients, schedule, more_than_values=SOURCE_CROP_VALUES), jitter=preset.source_jitter
+    )
     target_view = RandomCrop(ingredients.seed + 1, schedule.crop, jitter=(1.0, 1.0), flip=0.0)
     return StagePlan(
         name="alignment",
@@ -150,6 +160,7 @@ def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePla
         ema_decay=None if ingredients.faithful else preset.ema_decay,
         statistics="running" if ingredients.faithful else "target",
         dropout=options.dropout,
+        plain_view=Whole(),
     )
 
 
@@ -160,5 +171,6 @@ def _detached(logits: Logits) -> Logits:
 RECIPE = Recipe(
     name="mrnet",
     summary="stage I of MRNet: adversarial alignment and memory regularisation",
+    schedules=1,
     stages=lambda ingredients, options: (alignment_stage(ingredients, options),),
 )

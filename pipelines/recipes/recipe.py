@@ -60,6 +60,7 @@ class Preset:
         score_views: image sizes that are fused when a network is scored.
         score_mirrored: whether every scored view is also mirrored.
         jitter: bounds of the scale jitter.
+        source_jitter: the same for source images in stage I; a real city as source is not jittered.
         ema_decay: of the teaching average.
         publish_every, evaluate_every, checkpoint_every: steps.
     """
@@ -73,6 +74,7 @@ class Preset:
     score_views: tuple[Size, ...]
     score_mirrored: bool
     jitter: tuple[float, float]
+    source_jitter: tuple[float, float]
     ema_decay: float
     publish_every: int
     evaluate_every: int
@@ -83,12 +85,21 @@ class Preset:
         """Steps of both stages: what the reference runs get, too."""
         return sum(stage.steps for stage in self.stages)
 
-    def with_steps(self, total: int) -> Preset:
-        """The same preset at another length; every part of the schedule keeps its share."""
-        factor = total / self.total_steps
+    def with_steps(self, total: int, stages: int = 2) -> Preset:
+        """The same preset at another length; every part of the schedule keeps its share.
+
+        Args:
+            total: optimiser steps of the first ``stages`` stages together.
+            stages: how many of the stages the recipe runs.
+
+        Raises:
+            RunError: fewer steps than stages.
+        """
+        if total < stages:
+            raise RunError(f"--steps {total} leaves no step for one of the {stages} stages; give at least {stages}")
+        factor = total / sum(stage.steps for stage in self.stages[:stages])
         first = max(1, round(self.stages[0].steps * factor))
-        if total < 2:
-            raise RunError(f"--steps {total} leaves no step for one of the two stages; give at least 2")
+        lengths = (first, total - first) if stages == 2 else (total, max(1, round(self.stages[1].steps * factor)))
 
         def stretched(stage: StageSchedule, steps: int) -> StageSchedule:
             return replace(
@@ -98,7 +109,8 @@ class Preset:
                 warmup=round(stage.warmup * factor),
             )
 
-        return replace(self, stages=(stretched(self.stages[0], first), stretched(self.stages[1], total - first)))
+        one, two = self.stages
+        return replace(self, stages=(stretched(one, lengths[0]), stretched(two, lengths[1])))
 
 
 @dataclass(frozen=True)
@@ -134,10 +146,12 @@ class Recipe:
         name: what ``--recipe`` takes.
         summary: one line for ``--help``.
         stages: builds the stages from the ingredients and the recipe's own options.
+        schedules: how many of the preset's stage schedules it runs.
     """
 
     name: str
     summary: str
+    schedules: int
     stages: Callable[[Ingredients, Any], tuple[StagePlan, ...]]
 
 
@@ -188,6 +202,7 @@ def _full(benchmark: Benchmark) -> Preset:
         score_views=((1280, 960), (1024, 768)) if robot else ((1024, 512), (1280, 640)),
         score_mirrored=True,
         jitter=(0.8, 1.2),
+        source_jitter=(1.0, 1.0) if robot else (0.8, 1.2),
         ema_decay=0.999,
         publish_every=200,
         evaluate_every=5_000,
@@ -212,6 +227,7 @@ def _mini(benchmark: Benchmark) -> Preset:
         score_views=(target,),
         score_mirrored=False,
         jitter=(0.8, 1.2),
+        source_jitter=(1.0, 1.0) if benchmark.name == "city2robot" else (0.8, 1.2),
         ema_decay=0.98,
         publish_every=25,
         evaluate_every=100,
@@ -244,6 +260,7 @@ def _tiny(benchmark: Benchmark) -> Preset:
         score_views=(target,),
         score_mirrored=False,
         jitter=(0.8, 1.2),
+        source_jitter=(1.0, 1.0) if benchmark.name == "city2robot" else (0.8, 1.2),
         ema_decay=0.9,
         publish_every=5,
         evaluate_every=0,

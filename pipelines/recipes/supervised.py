@@ -32,11 +32,16 @@ class SegmentationTerm:
     max_value: float = 7.0
     small_class_pixels: int = 4096
 
-    def balance(self, crop: tuple[int, int]) -> ClassBalance:
-        """Running class weights for crops of a size; the pixel count scales with the area."""
+    def balance(self, crop: tuple[int, int], context: ObjectiveContext) -> ClassBalance:
+        """Running class weights of the global batch, for crops of a size; the pixel count scales with the area."""
         area = crop[0] * crop[1] / (PUBLISHED_CROP[0] * PUBLISHED_CROP[1])
         pixels = max(1, round(self.small_class_pixels * area))
-        return ClassBalance(self.num_classes, small_class_pixels=pixels, max_value=self.max_value)
+        return ClassBalance(
+            self.num_classes,
+            small_class_pixels=pixels,
+            max_value=self.max_value,
+            total=context.sum_over_students,
+        ).to(context.device)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, balance: ClassBalance) -> Tensor:
         """L_P + ½ L_A of a labelled batch; images N×3×h×w, labels int64 N×h×w."""
@@ -56,7 +61,7 @@ class SupervisedObjective:
 
     def __init__(self, term: SegmentationTerm, crop: tuple[int, int], context: ObjectiveContext) -> None:
         self.term = term
-        self.balance = term.balance(crop).to(context.device)
+        self.balance = term.balance(crop, context)
 
     def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
         """See :class:`actors.protocols.Objective`."""

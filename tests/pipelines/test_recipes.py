@@ -18,7 +18,7 @@ from pipelines.recipes.supervised import SegmentationTerm, SupervisedObjective, 
 
 CLASSES = 5
 CROP = (32, 24)
-CONTEXT = ObjectiveContext(torch.device("cpu"), lambda parameters: None)
+CONTEXT = ObjectiveContext(torch.device("cpu"), lambda value: value, lambda parameters: None)
 CONFIG = DeepLabConfig(
     num_classes=CLASSES,
     layers=(1, 1, 1, 1),

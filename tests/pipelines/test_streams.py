@@ -74,7 +74,7 @@ def broken_copy(files, bad, folder):
     """The same files with some images replaced by rubbish."""
     path = folder / "rubbish.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    return [SampleFile(f.position, f.index, str(path) if f.position in bad else f.image, f.label) for f in files]
+    return [SampleFile(f.position, f.index, str(path) if f.position in bad else f.image, f.label, f.spare) for f in files]
 
 
 def pixels(table, name, shape):

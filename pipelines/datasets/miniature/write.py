@@ -21,6 +21,7 @@ from PIL import Image
 
 from pipelines.datasets.cityscapes import LABEL_IDS
 from pipelines.datasets.classes import CITYSCAPES_19
+from pipelines.datasets.dataset import DataError
 from pipelines.datasets.miniature.canvas import LANE_MARKING
 from pipelines.datasets.miniature.domains import DOMAINS
 from pipelines.datasets.miniature.scene import RARE, render
@@ -28,7 +29,7 @@ from pipelines.datasets.png16 import encode_rgb16
 from pipelines.datasets.robotcar import TO_9_CLASSES as ROBOTCAR_IDS
 from pipelines.datasets.synthia import TO_19_CLASSES as SYNTHIA_IDS
 
-MINIATURE_VERSION = 0
+MINIATURE_VERSION = 1
 
 Picture = NDArray[np.uint8]
 _Writer = Callable[[Path, str, int, Picture, Picture], None]
@@ -103,12 +104,26 @@ def miniature_folder(benchmark: str, size: str, folder: Path, seed: int) -> Path
 
 
 def write_miniature(benchmark: str, size: str, folder: Path, seed: int = 0) -> Path:
-    """Render the miniature of a benchmark unless it is already there; returns its data root."""
+    """Render the miniature of a benchmark unless it is already there; returns its data root.
+
+    Raises:
+        DataError: the folder cannot be written, or rendering failed; nothing is left behind.
+    """
     final = miniature_folder(benchmark, size, folder, seed)
     if final.is_dir():
         return final
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=folder))
+    try:
+        return _write_atomically(benchmark, size, seed, final)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the miniature {final.name} into {folder}: {error}. "
+            "Free some space there or choose another folder."
+        ) from error
+
+
+def _write_atomically(benchmark: str, size: str, seed: int, final: Path) -> Path:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
         workers = min(SIZES[size].workers, os.cpu_count() or 1)
         if workers == 1:
@@ -169,7 +184,8 @@ def _render_in_processes(benchmark: str, size: str, seed: int, root: Path, worke
         for process in running:
             _, errors = process.communicate()
             if process.returncode != 0:
-                raise RuntimeError(f"rendering the miniature {benchmark}-{size} failed:\n{errors}")
+                cause = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+                raise DataError(f"rendering the miniature {benchmark}-{size} in {root} failed: {cause[0]}")
     finally:
         for process in running:
             if process.poll() is None:

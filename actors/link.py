@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["threads"])
     link = ClusterLink(config["plan"], config["handles"], rank, inside_train=True)
     device = ray.train.torch.get_device()
+    link.write("student", 0, {"rank": rank, "students": world, "pid": os.getpid(), "device": str(device)})
     try:
         return Student(config["plan"], link, rank, world, device).run()
     except (RunError, ray.exceptions.RayTaskError) as error:

@@ -12,6 +12,7 @@ SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started",  # a start-up notice, not a problem
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # the core worker warns about every actor that may restart
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

@@ -6,7 +6,7 @@ import pytest
 import tyro
 
 import run
-from pipelines.options import AdaptOptions
+from pipelines.options import AdaptOptions, write_config
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -68,6 +68,8 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
         (["--eplc.passes", "0"], "passes is 0"),
         (["--eplc.keep-share", "2"], "keep_share is 2.0"),
         (["--preset", "huge"], "huge"),
+        (["--refresh", "sometimes"], "sometimes"),
+        (["--eplc.mixing", "magic"], "magic"),
         (["--bogus", "1"], "bogus"),
     ],
 )
@@ -95,11 +97,30 @@ def test_a_data_root_without_the_dataset_says_what_is_expected(tmp_path, capsys)
     assert "photos" in said
 
 
-@pytest.mark.parametrize("arguments", [["--resume", "{}"], ["evaluate", "{}"], ["--resume={}"]])
+@pytest.mark.parametrize(
+    "arguments", [["--resume", "{}"], ["evaluate", "{}"], ["--resume={}"], ["adapt", "--resume", "{}"]], ids=" ".join
+)
 def test_a_folder_that_is_no_run_is_refused(arguments, tmp_path, capsys):
     filled = [item.format(tmp_path / "nothing") for item in arguments]
     assert called(filled) == 2
     assert "is no run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--resume", "{}"], ["adapt", "--resume", "{}"], ["adapt", "--resume={}"]])
+def test_a_resume_goes_on_with_the_options_of_the_run(arguments, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(run, "_adapt", lambda options, console, resume=False: begun.append((options, resume)) or 0)
+    options = AdaptOptions(recipe="mrnet", seed=4, name="old", runs=str(tmp_path))
+    write_config(options)
+    assert called([item.format(tmp_path / "old") for item in arguments]) == 0
+    assert begun == [(options, True)]
+
+
+def test_adapt_may_be_said_or_left_out(monkeypatch):
+    begun = []
+    monkeypatch.setattr(run, "_adapt", lambda options, console, resume=False: begun.append((options, resume)) or 0)
+    assert called(["--seed", "4"]) == called(["adapt", "--seed", "4"]) == 0
+    assert begun == [(AdaptOptions(seed=4), False)] * 2
 
 
 def test_a_path_in_brackets_is_printed_as_it_is(tmp_path, capsys):
@@ -121,6 +142,7 @@ def test_the_commands_of_the_readme_parse():
         pytest.skip("the README names no command yet")
     for command in commands:
         given = shlex.split(command)
+        given = given[1:] if given[:1] == ["adapt"] else given
         if given[:1] == ["evaluate"]:
             tyro.cli(run.EvaluateOptions, args=given[1:])
         elif "--resume" in given:

@@ -21,7 +21,7 @@ from pipelines.label_rules import MonteCarloRule, PercentileSelection
 from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
 from pipelines.recipes.optimisation import Rate, Sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
-from pipelines.recipes.supervised import SegmentationTerm, training_view
+from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
 from pipelines.views import Whole, class_mix
 
 PSEUDO_CROP_VALUES = 10
@@ -166,7 +166,7 @@ def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> Stage
         steps=schedule.steps,
         batch=schedule.batch,
         streams=streams,
-        objective=partial(RectifiedObjective, SegmentationTerm(ingredients.num_classes), schedule.crop, options),
+        objective=partial(RectifiedObjective, segmentation_term(ingredients), schedule.crop, options),
         optimiser=Sgd(train_norm_affine=True),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         labels=LabelPlan(

@@ -17,7 +17,7 @@ from models.networks.discriminators import MultiScaleDiscriminator
 from models.schedule import poly
 from pipelines.recipes.optimisation import Rate, Sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
-from pipelines.recipes.supervised import SegmentationTerm, training_view
+from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
 from pipelines.views import RandomCrop, Whole
 
 SOURCE_CROP_VALUES = 10
@@ -149,7 +149,7 @@ def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePla
         },
         objective=partial(
             AlignmentObjective,
-            SegmentationTerm(ingredients.num_classes),
+            segmentation_term(ingredients),
             schedule.crop,
             options,
             preset.discriminator_width,

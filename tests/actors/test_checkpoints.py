@@ -1,4 +1,5 @@
 import errno
+import os
 import threading
 
 import pytest
@@ -13,8 +14,8 @@ def state(value):
 
 
 def full_disk(error):
-    def save(value, path):
-        path.write_bytes(b"half of it")
+    def save(value, file):
+        file.write(b"half of it")
         raise error
 
     return save
@@ -70,6 +71,19 @@ def test_a_full_disk_at_the_first_checkpoint_says_there_is_none(tmp_path, monkey
     assert "there is none before it" in CheckpointStore(tmp_path / "new").save(6, state(6))
 
 
+def test_a_checkpoint_appears_only_after_the_disk_has_it(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    store.save(5, state(5))
+
+    def full(descriptor):
+        assert store.steps() == [5]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "the one of step 5 stays good" in store.save(6, state(6))
+    assert store.newest()["step"] == 5
+
+
 def test_what_is_only_half_there_is_not_a_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path)
     store.save(5, state(5))
@@ -99,9 +113,9 @@ def test_a_checkpoint_written_later_is_there_after_waiting(tmp_path, monkeypatch
     store, told, may_write = CheckpointStore(tmp_path), [], threading.Event()
     plain = torch.save
 
-    def slow(value, path):
+    def slow(value, file):
         may_write.wait(5)
-        plain(value, path)
+        plain(value, file)
 
     monkeypatch.setattr(torch, "save", slow)
     store.save_later(3, state(3), told.append)

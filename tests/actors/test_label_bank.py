@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from actors.label_bank import LabelBank, LabelBook, effective_classes
+from actors.label_bank import ERRORS_TO_FAIL, REFUSALS_TO_BLOCK, LabelBank, LabelBook, effective_classes
+from actors.weight_board import WeightBoard
 
 
 def book(images=8, rows=2, **plan):
@@ -26,13 +27,15 @@ def live_histogram(given):
 
 
 class LabelBookMachine(RuleBasedStateMachine):
-    """Any order of starts, results, failures, losses and new versions."""
+    """Any order of starts, results, failures, losses and new versions, beside a model of what was refused."""
 
     def __init__(self):
         super().__init__()
         self.book = LabelBook(9, 2, label_plan(selection=FakeSelection()))
         self.newest = 0
         self.in_flight = {}
+        self.refused = {chunk: [] for chunk in range(5)}
+        self.blocked = set()
 
     @rule()
     def publish(self):
@@ -41,11 +44,12 @@ class LabelBookMachine(RuleBasedStateMachine):
     @rule()
     def start(self):
         versions = {chunk: entry.version for chunk, entry in self.book.entries.items()}
+        free = [c for c in range(5) if c not in self.in_flight and self.newest not in self.refused[c]]
+        stale = [c for c in free if versions.get(c, -1) < self.newest and self.newest not in self.blocked]
         chunk = self.book.next_chunk(self.newest)
+        assert chunk in stale if stale else chunk is None
         if chunk is not None:
-            assert chunk not in self.in_flight
-            free = [c for c in range(5) if c not in self.in_flight]
-            assert versions.get(chunk, -1) == min(versions.get(c, -1) for c in free)
+            assert versions.get(chunk, -1) == min(versions.get(c, -1) for c in stale)
             self.in_flight[chunk] = self.newest
 
     @precondition(lambda self: self.in_flight)
@@ -53,10 +57,18 @@ class LabelBookMachine(RuleBasedStateMachine):
     def finish(self, pick, pixels):
         chunk = sorted(self.in_flight)[pick % len(self.in_flight)]
         version = self.in_flight.pop(chunk)
-        before = self.book.entries.get(chunk)
-        if not self.book.accept(header(chunk, version, pixels), object()):
-            assert self.book.entries.get(chunk) is before is not None
-            assert version in self.book.blocked
+        before, refused = self.book.entries.get(chunk), self.refused[chunk]
+        if self.book.accept(header(chunk, version, pixels), object()):
+            assert before is None or version not in self.blocked
+            refused.clear()
+            return
+        assert self.book.entries.get(chunk) is before is not None
+        if version in self.blocked:
+            return
+        assert len(refused) < REFUSALS_TO_BLOCK, "what so many weights say of a chunk is so"
+        refused.append(version)
+        if sum(version in versions for versions in self.refused.values()) == REFUSALS_TO_BLOCK:
+            self.blocked.add(version)
 
     @precondition(lambda self: self.in_flight)
     @rule(pick=st.integers(0, 9))
@@ -72,6 +84,10 @@ class LabelBookMachine(RuleBasedStateMachine):
     @invariant()
     def the_histogram_is_the_sum_of_the_live_blocks(self):
         np.testing.assert_array_equal(self.book.histogram, live_histogram(self.book))
+
+    @invariant()
+    def a_version_is_blocked_by_several_chunks_and_not_by_fewer(self):
+        assert self.book.blocked == self.blocked
 
     @invariant()
     def what_is_under_way_is_reserved(self):
@@ -159,7 +175,7 @@ def test_with_once_every_chunk_is_labelled_exactly_once():
         ((0, 0, 0), True),
     ],
 )
-def test_collapsed_labels_are_refused_and_their_version_blocked(pixels, collapsed):
+def test_collapsed_labels_are_refused_and_where_there_is_one_chunk_their_version_is_blocked(pixels, collapsed):
     given = book(images=2)
     given.accept(header(0, 1, (100, 100, 100)), "good")
     given.next_chunk(2)
@@ -187,6 +203,113 @@ def test_one_odd_chunk_does_not_stop_the_labels_of_all_others():
         while (chunk := given.next_chunk(version)) is not None:
             given.accept(header(chunk, version, (290, 5, 5)), "x")
     assert min(given.entries[chunk].version for chunk in range(1, 10)) > 20
+
+
+def refuse(given, chunks, version):
+    for chunk in chunks:
+        assert not given.accept(header(chunk, version, (12, 0, 0)), "odd")
+
+
+def test_one_odd_chunk_is_refused_but_does_not_block_its_version():
+    given = fill(book(images=20))
+    refuse(given, [4], version=5)
+    assert given.blocked == set()
+    assert given.entries[4].version == 0
+    assert given.counters.collapsed_blocks == 1
+    assert {given.next_chunk(5) for _ in range(10)} == {*range(10), None} - {4}
+
+
+def test_a_chunk_that_was_refused_is_tried_again_with_other_weights():
+    given = fill(book(images=2 * 5))
+    refuse(given, [0], version=5)
+    assert given.next_chunk(6) == 0
+
+
+def test_a_version_is_blocked_after_three_odd_chunks():
+    given = fill(book(images=20))
+    refuse(given, [1, 2], version=5)
+    assert given.blocked == set()
+    refuse(given, [7], version=5)
+    assert given.blocked == {5}
+    assert given.next_chunk(5) is None
+    assert not given.accept(header(3, 5), "good, but its call was under way when the version was blocked")
+    assert given.next_chunk(6) is not None
+
+
+def test_odd_chunks_of_different_versions_block_none_of_them():
+    given = fill(book(images=20))
+    for chunk, version in ((1, 5), (2, 6), (3, 7), (4, 8)):
+        refuse(given, [chunk], version)
+    assert given.blocked == set()
+
+
+def test_a_chunk_that_three_versions_found_odd_is_believed():
+    given = fill(book(images=20))
+    for version in (5, 6, 7):
+        refuse(given, [0], version)
+    assert given.next_chunk(8) == 0
+    assert given.accept(header(0, 8, (12, 0, 0)), "believed")
+    assert given.entries[0].block == "believed"
+    assert given.blocked == set()
+    assert given.accept(header(0, 9, (12, 0, 0)), "now the measure")
+
+
+def test_one_version_that_labels_a_chunk_three_times_is_still_one_opinion():
+    """A teacher that cannot get the weights it was asked for goes on with those it has."""
+    given = fill(book(images=20))
+    refuse(given, [0, 0, 0, 0], version=5)
+
+
+def test_a_good_block_ends_a_chunks_refusals():
+    given = fill(book(images=20))
+    refuse(given, [0, 1], version=5)
+    assert given.accept(header(0, 6), "good")
+    refuse(given, [2], version=5)
+    assert given.blocked == set()
+    for version in (7, 8, 9):
+        refuse(given, [0], version)
+
+
+def test_an_older_block_does_not_replace_a_newer_one():
+    """A teacher that cannot get the weights it was asked for goes on with those it has."""
+    given = fill(book(), version=7)
+    given.accept(header(0, 3), "older")
+    assert given.entries[0].version == 7
+
+
+def test_labels_from_the_students_future_are_dropped():
+    given = book(selection=FakeSelection())
+    for chunk, version in enumerate((10, 20, 30, 40)):
+        given.accept(header(chunk, version, confidence=version), "x")
+    given.rewind(20)
+    assert {chunk: entry.version for chunk, entry in given.entries.items()} == {0: 10, 1: 20}
+    np.testing.assert_array_equal(given.histogram, live_histogram(given))
+    assert given.thresholds().tolist() == [15] * CLASSES
+    assert [given.next_chunk(20) for _ in range(3)] == [2, 3, 0]
+
+
+def test_a_rewound_book_forgets_the_verdicts_on_weights_that_will_be_others():
+    given = fill(book(images=20))
+    refuse(given, [1, 2, 3], version=5)
+    refuse(given, [1, 2, 3], version=8)
+    refuse(given, [1], version=9)
+    given.rewind(6)
+    assert given.blocked == {5}
+    assert given.next_chunk(8) is not None
+    given.busy.clear()
+    refuse(given, [1, 2], version=9)
+    assert given.blocked == {5}
+
+
+def test_a_block_from_the_students_future_that_was_under_way_is_not_taken():
+    given = fill(book(), version=10)
+    chunk = given.next_chunk(40)
+    given.rewind(20)
+    given.accept(header(chunk, 40), "made by weights that will never have been")
+    assert given.entries[chunk].version == 10
+    assert given.busy == set()
+    again = given.next_chunk(40)
+    assert given.accept(header(again, 40), "made after the student came to that step again")
 
 
 def test_thresholds_wait_for_the_round_and_then_stay():
@@ -249,9 +372,9 @@ def test_the_effective_number_of_classes(pixels, expected):
 class FakeTeacher:
     """Answers a call with a header and a block, or with what it is told to."""
 
-    def __init__(self, collapse_from=None):
-        self.calls, self.running, self.most, self.broken = [], 0, 0, False
-        self.collapse_from = collapse_from
+    def __init__(self):
+        self.calls, self.running, self.most = [], 0, 0
+        self.broken = lambda call: None
         self.label = Remote(self._label)
 
     def _label(self, stage, chunk, start, stop, version, step):
@@ -263,19 +386,39 @@ class FakeTeacher:
         self.most = max(self.most, self.running)
         await asyncio.sleep(0.002)
         self.running -= 1
-        if self.broken:
-            raise LostError
+        error = self.broken(len(self.calls))
+        if error is not None:
+            raise error
         return header(chunk, version, seconds=0.002)
 
 
 class FakeBoard:
-    def __init__(self, version=None):
-        self.version = version
-        self.newest_version = Remote(lambda: soon(self.version))
+    """A handle of a board on which some versions hang."""
+
+    def __init__(self, *versions):
+        self.board = WeightBoard()
+        for version in versions:
+            self.publish(version)
+        self.newest_version = Remote(lambda: soon(self.board.newest_version()))
+        self.nearest_version = Remote(lambda wanted: soon(self.board.nearest_version(wanted)))
+
+    def publish(self, version):
+        self.board.publish(version, [f"weights {version}"])
 
 
-def bank(teachers, board, **plan):
-    return LabelBank({1: label_plan(**plan)}, 8, {1: 2}, teachers, board)
+def bank(teachers, board, calls_in_flight=2, **plan):
+    return LabelBank({1: label_plan(**plan)}, 8, {1: 2}, teachers, board, calls_in_flight)
+
+
+def defect():
+    return ray.exceptions.RayTaskError("label", "Traceback\n  in label\nValueError: no such class", ValueError())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pauses take no time."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
 
 
 async def until(condition, seconds=3.0):
@@ -332,7 +475,7 @@ def test_weights_from_before_the_stage_label_nothing():
         await given.poll(1, 40, 0, 40)
         await asyncio.sleep(0.15)
         assert teacher.calls == []
-        board.version = 40
+        board.publish(40)
 
         async def labelled():
             return bool(teacher.calls)
@@ -346,7 +489,7 @@ def test_weights_from_before_the_stage_label_nothing():
 def test_with_once_the_weights_of_the_stages_start_label_even_when_newer_ones_hang():
     async def test():
         teacher = FakeTeacher()
-        given = bank([teacher], FakeBoard(90), refresh="once")
+        given = bank([teacher], FakeBoard(40, 90), refresh="once")
         await given.poll(1, 40, 0, 90)
 
         async def complete():
@@ -354,6 +497,22 @@ def test_with_once_the_weights_of_the_stages_start_label_even_when_newer_ones_ha
 
         await until(complete)
         assert {version for *_, version, _ in teacher.calls} == {40}
+        await close(given)
+
+    run(test)
+
+
+def test_a_round_whose_weights_are_gone_is_made_with_the_newest():
+    async def test():
+        teacher = FakeTeacher()
+        given = bank([teacher], FakeBoard(60, 70), refresh="once")
+        await given.poll(1, 40, 0, 70)
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        assert {entry.version for entry in given.book.entries.values()} == {70}
         await close(given)
 
     run(test)
@@ -369,7 +528,7 @@ def test_continuous_labels_are_made_again_with_newer_weights():
             return given.book.round_complete and {e.version for e in given.book.entries.values()} == {version}
 
         await until(lambda: all_of(40))
-        board.version = 50
+        board.publish(50)
         await until(lambda: all_of(50))
         await close(given)
 
@@ -379,7 +538,7 @@ def test_continuous_labels_are_made_again_with_newer_weights():
 def test_a_dead_teacher_is_a_number_and_another_one_does_its_work():
     async def test():
         dead, alive = FakeTeacher(), FakeTeacher()
-        dead.broken = True
+        dead.broken = lambda call: LostError()
         given = bank([dead, alive], FakeBoard(40), refresh="once")
         await given.poll(1, 40, 0, 40)
 
@@ -389,6 +548,105 @@ def test_a_dead_teacher_is_a_number_and_another_one_does_its_work():
         await until(complete)
         assert (await given.status())["teacher_failures"] >= 1
         assert given.book.busy <= {0, 1, 2, 3}
+        await close(given)
+
+    run(test)
+
+
+async def failed(given, times):
+    async def enough():
+        return given.book.counters.failures >= times
+
+    await until(enough)
+    await close(given)
+    return (await given.status())["fatal"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_teacher_whose_code_fails_every_time_is_fatal_in_one_sentence():
+    async def test():
+        teacher = FakeTeacher()
+        teacher.broken = lambda call: defect()
+        given = bank([teacher], FakeBoard(40), calls_in_flight=1)
+        await given.poll(1, 40, 0, 40)
+        assert (await given.status())["fatal"] is None
+        assert await failed(given, ERRORS_TO_FAIL) == "a teacher cannot label: ValueError: no such class"
+
+    run(test)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_teacher_that_fails_and_then_works_is_not_fatal():
+    async def test():
+        teacher = FakeTeacher()
+        teacher.broken = lambda call: defect() if call % ERRORS_TO_FAIL else None
+        board = FakeBoard(40)
+        given = bank([teacher], board, calls_in_flight=1)
+        await given.poll(1, 40, 0, 40)
+        assert await failed(given, 3 * (ERRORS_TO_FAIL - 1)) is None
+        assert given.book.entries
+
+    run(test)
+
+
+@pytest.mark.usefixtures("quick")
+def test_dead_teachers_are_never_fatal():
+    async def test():
+        teacher = FakeTeacher()
+        teacher.broken = lambda call: ray.exceptions.RayActorError()
+        given = bank([teacher], FakeBoard(40), calls_in_flight=1)
+        await given.poll(1, 40, 0, 40)
+        assert await failed(given, 3 * ERRORS_TO_FAIL) is None
+
+    run(test)
+
+
+def test_a_rewound_bank_drops_the_future_and_makes_it_again():
+    async def test():
+        teacher, board = FakeTeacher(), FakeBoard(40, 50)
+        given = bank([teacher], board)
+        await given.poll(1, 40, 0, 55)
+
+        async def all_of(version):
+            return given.book.round_complete and {e.version for e in given.book.entries.values()} == {version}
+
+        await until(lambda: all_of(50))
+        board.board.rewind(45)
+        await given.rewind(45)
+        assert given.student_step == 45
+        assert (await given.poll(1, 40, 0, 45)).entries == []
+        await until(lambda: all_of(40))
+        assert {step for *_, version, step in teacher.calls if version == 40} == {45}
+        await close(given)
+
+    run(test)
+
+
+def test_a_bank_that_has_not_begun_can_be_rewound():
+    asyncio.run(bank([], FakeBoard()).rewind(10))
+
+
+def test_a_round_that_cannot_be_reopened_is_made_anew(monkeypatch):
+    class Reading:
+        options = remote = lambda self, *_, **__: self
+
+        def __iter__(self):
+            yield soon(error=ray.exceptions.RayTaskError("read_round", "no such file", OSError()))
+            yield from ("block 0", "block 1", "block 2", "block 3")
+
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: Reading())
+
+    async def test():
+        given = bank([FakeTeacher()], FakeBoard(40), refresh="once")
+        with pytest.raises(ray.exceptions.RayTaskError):
+            await given.reopen(1, 40, "labels/gone.parquet")
+        await given.poll(1, 40, 0, 45)
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete, seconds=1.0)
+        assert given.round_file is None
         await close(given)
 
     run(test)

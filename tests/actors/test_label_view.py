@@ -2,6 +2,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import ray
 from fakes import CLASSES, SHAPE, FakeSelection, LostError, label_plan
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,6 +159,23 @@ def test_a_lost_answer_is_asked_for_again():
     view = view_of(bank)
     polled(view, 6)
     assert view.get(0, 6)[0][0, 0] == 1
+
+
+def test_an_error_of_the_banks_code_ends_the_run_instead_of_a_wait_without_end():
+    class Failing(Bank):
+        def get(self, reference):
+            raise ray.exceptions.RayTaskError("poll", "Traceback", KeyError(1))
+
+    with pytest.raises(ray.exceptions.RayTaskError):
+        view_of(Failing(), refresh="once").wait_for_round(0, lambda: False, poll_seconds=0.0)
+
+
+def test_a_bank_that_died_and_came_back_is_waited_for():
+    bank = Bank()
+    bank.lost = {f"answer {i}" for i in range(5)}
+    bank.complete = True
+    assert view_of(bank, refresh="once").wait_for_round(0, lambda: len(bank.questions) > 20, poll_seconds=0.0)
+    assert len(bank.questions) == 6
 
 
 def test_a_lost_block_is_reported_and_counts_as_a_miss():

@@ -1,11 +1,15 @@
 import copy
+import threading
 
 import numpy as np
+import pytest
+import ray
 import torch
-from fakes import PlainView, TinyNetwork
+from fakes import PlainView, Remote, TinyNetwork
 
 from actors.checkpoints import snapshot
-from actors.publisher import STATISTICS_BATCHES, TeachingNetwork
+from actors.publisher import STATISTICS_BATCHES, Publisher, TeachingNetwork
+from actors.weight_board import WeightBoard
 
 
 def student(seed=0):
@@ -109,3 +113,138 @@ def test_its_state_makes_another_one_equal():
     for name, tensor in one.network.state_dict().items():
         torch.testing.assert_close(other.network.state_dict()[name], tensor)
     np.testing.assert_array_equal(other.recent[0][1], one.recent[0][1])
+
+
+def test_an_average_goes_on_over_stages():
+    network = student()
+    first = TeachingNetwork(TinyNetwork(), network, 0.9, "target", PlainView())
+    first.remember(*raw(1))
+    moved(network, 1.0)
+    first.follow(network)
+    second = TeachingNetwork(TinyNetwork(), network, 0.5, "target", PlainView(), first)
+    torch.testing.assert_close(second.network.conv.weight, first.network.conv.weight)
+    assert (second.network.conv.weight != network.conv.weight).all()
+    average = second.network.conv.weight.clone()
+    moved(network, 1.0)
+    second.follow(network)
+    torch.testing.assert_close(second.network.conv.weight, 0.5 * (average + network.conv.weight))
+    assert [positions.tolist() for _, positions in second.recent] == [[10, 11]]
+    assert second.recent is not first.recent
+
+
+@pytest.mark.parametrize(("before", "now"), [(None, 0.9), (0.9, None), (None, None)])
+def test_where_one_of_two_stages_has_no_average_the_next_starts_from_the_student(before, now):
+    network = student()
+    first = TeachingNetwork(TinyNetwork(), network, before, "running", None)
+    moved(network, 1.0)
+    first.follow(network)
+    second = TeachingNetwork(TinyNetwork(), network, now, "running", None, first)
+    torch.testing.assert_close(second.network.conv.weight, network.conv.weight)
+
+
+def test_without_a_plain_view_the_statistics_stay_the_students():
+    network = student()
+    teaching = TeachingNetwork(TinyNetwork(), network, 0.9, "target", None)
+    teaching.remember(*raw(1))
+    teaching.settle(network)
+    torch.testing.assert_close(teaching.network.norm.running_mean, network.norm.running_mean)
+
+
+class Call:
+    """The answer of a remote call."""
+
+    def __init__(self, function):
+        self.function = function
+
+
+class Handle:
+    """A handle of an object whose methods run when their answer is asked for."""
+
+    def __init__(self, **methods):
+        self.methods = methods
+
+    def __getattr__(self, name):
+        return Remote(lambda *arguments: Call(lambda: self.methods[name](*arguments)))
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    def get(what):
+        return [get(item) for item in what] if isinstance(what, list) else what.function()
+
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "get", get)
+
+
+def dead(*_):
+    raise ray.exceptions.RayActorError
+
+
+def board_handle(board):
+    return Handle(publish=board.publish, rewind=board.rewind)
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_published_weights_are_those_of_the_moment_of_the_call():
+    board, network = WeightBoard(), student()
+    before = network.conv.weight.detach().numpy().copy()
+    publisher = Publisher(board_handle(board), None, None)
+    publisher.publish(4, network, pin=True, score=False)
+    moved(network, 1.0)
+    publisher.flush()
+    (weights,) = board.take(4)
+    np.testing.assert_array_equal(weights["conv.weight"], before)
+    assert set(weights) == set(network.state_dict())
+    assert (publisher.version, publisher.failures) == (4, 0)
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_dead_board_costs_a_version_and_not_the_student():
+    board, network = WeightBoard(), student()
+    publisher = Publisher(Handle(publish=dead), None, None)
+    publisher.publish(1, network, pin=False, score=False)
+    publisher.publish(2, network, pin=False, score=False)
+    publisher.flush()
+    publisher.board = board_handle(board)
+    publisher.publish(3, network, pin=False, score=False)
+    publisher.flush()
+    assert publisher.failures == 2
+    assert board.newest_version() == 3
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_defect_while_publishing_is_not_taken_for_a_dead_board():
+    def defect(*_):
+        raise KeyError("weights")
+
+    publisher = Publisher(Handle(publish=defect), None, None)
+    publisher.publish(1, student(), pin=False, score=False)
+    with pytest.raises(KeyError):
+        publisher.flush()
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_an_evaluator_that_is_still_busy_is_not_given_more(monkeypatch):
+    scored, done = [], threading.Event()
+    evaluator = Handle()
+    evaluator.score = Remote(lambda version, reference: scored.append(version))
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls if done.is_set() else [], []))
+    publisher = Publisher(board_handle(WeightBoard()), None, evaluator)
+    publisher._scoring = "the last one"
+    for version in (1, 2, 3):
+        if version == 3:
+            publisher.flush()
+            done.set()
+        publisher.publish(version, student(), pin=False, score=version != 1)
+    publisher.flush()
+    assert scored == [3]
+    assert publisher.skipped_scores == 1
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_board_and_bank_hear_that_the_student_came_back_at_an_earlier_step():
+    heard = []
+    board, bank = (Handle(rewind=lambda step, name=name: heard.append((name, step))) for name in ("board", "bank"))
+    Publisher(board, bank, None).rewind(7)
+    Publisher(board, None, None).rewind(8)
+    assert heard == [("board", 7), ("bank", 7), ("board", 8)]

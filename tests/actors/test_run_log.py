@@ -63,6 +63,13 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path)] == [3]
 
 
+def test_a_failure_that_no_restart_mends_reaches_the_driver(tmp_path):
+    log = RunLog(str(tmp_path))
+    assert log.watch()["failure"] is None
+    log.fail("the data are broken")
+    assert log.watch()["failure"] == "the data are broken"
+
+
 def test_a_stop_is_asked_for_once_and_stays(tmp_path):
     log = RunLog(str(tmp_path))
     assert not log.should_stop()

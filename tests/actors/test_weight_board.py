@@ -55,3 +55,13 @@ def test_a_rewound_board_forgets_the_future_only():
     assert alive(board, range(30)) == [10]
     board.publish(12, ["c"])
     assert board.newest_version() == 12
+
+
+def test_the_nearest_version_is_the_wanted_one_or_else_the_newest():
+    board = WeightBoard()
+    assert board.nearest_version(10) is None
+    board.publish(10, ["a"], pin=True)
+    board.publish(20, ["b"])
+    board.publish(30, ["c"])
+    assert board.nearest_version(10) == 10
+    assert board.nearest_version(20) == 30

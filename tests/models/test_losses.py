@@ -271,6 +271,28 @@ def test_an_absent_class_weighs_11_point_2_after_one_batch_and_49_in_the_end():
     assert last[0].item() == 1.0
 
 
+@pytest.mark.parametrize("shares", [2, 4])
+def test_processes_that_share_a_batch_have_the_weights_of_the_whole_batch(shares):
+    """A class may be absent or small in one share and frequent in another."""
+    pixels = torch.from_numpy(np.random.default_rng(1).choice([0, 0, 0, 1, 255], (4, 8, 8)))
+    pixels[3, :4] = 2
+    parts = pixels.chunk(shares)
+
+    def total(value):
+        others = [torch.cat([class_counts(part, 4), torch.tensor([len(part)])]) for part in parts]
+        assert any(torch.equal(value, other) for other in others)
+        return torch.stack(others).sum(0)
+
+    whole = ClassBalance(4, small_class_pixels=10)
+    shared = [ClassBalance(4, small_class_pixels=10, total=total) for _ in parts]
+    alone = [ClassBalance(4, small_class_pixels=10) for _ in parts]
+    for _ in range(2):
+        expected = whole(pixels)
+        for balance, part in zip(shared, parts, strict=True):
+            torch.testing.assert_close(balance(part), expected, rtol=0, atol=0)
+        assert any((balance(part) != expected).any() for balance, part in zip(alone, parts, strict=True))
+
+
 def test_without_often_balance_an_absent_class_is_only_small():
     assert ClassBalance(3, often_balance=False)(batch_of(9_000))[2].item() == 7.0
 

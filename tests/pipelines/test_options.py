@@ -75,6 +75,40 @@ def test_impossible_numbers_are_refused_by_the_options_name(bad):
         AdaptOptions(**bad)
 
 
+@pytest.mark.parametrize(
+    ("bad", "known"),
+    [
+        ({"preset": "huge"}, "auto, full, mini, tiny"),
+        ({"refresh": "sometimes"}, "auto, continuous, once"),
+        ({"references": "maybe"}, "auto, always, never"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_there_is_not_is_refused_with_those_there_are(bad, known):
+    ((name, value),) = bad.items()
+    with pytest.raises(RunError, match=f"{name} is '{value}'; choose one of {known}"):
+        AdaptOptions(**bad)
+
+
+@pytest.mark.parametrize("name", ["selection", "mixing", "teacher", "statistics"])
+def test_a_choice_of_a_recipe_that_there_is_not_is_refused(name):
+    with pytest.raises(RunError, match=f"{name} is 'magic'"):
+        EplcOptions(**{name: "magic"})
+
+
+@pytest.mark.parametrize(
+    ("given", "faithful", "resolved"),
+    [
+        ("auto", False, "continuous"),
+        ("auto", True, "once"),
+        ("continuous", True, "continuous"),
+        ("once", False, "once"),
+    ],
+)
+def test_labels_are_made_again_without_end_unless_the_published_system_is_asked_for(given, faithful, resolved):
+    assert AdaptOptions(refresh=given, faithful=faithful).resolved_refresh == resolved
+
+
 def test_the_preset_follows_the_data():
     assert AdaptOptions().resolved_preset == "mini"
     assert AdaptOptions(data_root="/data").resolved_preset == "full"

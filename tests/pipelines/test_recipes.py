@@ -125,14 +125,27 @@ def test_the_published_weights():
     assert (given.adversarial_aux, given.adversarial_main, given.memory) == (2e-4, 1e-3, 0.1)
     assert (given.gradient_penalty, given.discriminator_rate) == (0.01, 1e-4)
     term = SegmentationTerm(19)
-    assert (term.hard_percentile, term.max_value, term.small_class_pixels) == (80.0, 7.0, 4096)
+    assert (term.max_value, term.small_class_pixels) == (7.0, 4096)
     rule = stages("eplc", EplcOptions(selection="std"))[1].labels.rule
     assert (rule.passes, rule.dropout, rule.threshold, rule.max_std) == (5, 0.1, 0.8, 0.05)
 
 
+@pytest.mark.parametrize(("faithful", "percentile"), [(True, 80.0), (False, 0.0)])
+def test_every_supervised_term_of_a_run_keeps_the_same_pixels(faithful, percentile):
+    """Or the references would measure another gap than the recipe closes."""
+    given = ingredients("mini", faithful=faithful, target_labelled=Opener("labelled"))
+    every = [
+        *recipe("eplc").stages(given, EplcOptions()),
+        *recipe("mrnet").stages(given, MrnetOptions()),
+        *reference_stages(given, "source", 10),
+        *reference_stages(given, "target", 10),
+    ]
+    assert [stage.objective(CONTEXT).term.hard_percentile for stage in every] == [percentile] * 5
+
+
 def test_small_classes_scale_with_the_crops_area():
-    assert SegmentationTerm(19).balance((1024, 512)).small_class_pixels == 4096
-    assert SegmentationTerm(19).balance((512, 256)).small_class_pixels == 1024
+    assert SegmentationTerm(19).balance((1024, 512), CONTEXT).small_class_pixels == 4096
+    assert SegmentationTerm(19).balance((512, 256), CONTEXT).small_class_pixels == 1024
 
 
 def test_the_faithful_run_is_the_published_one():
@@ -334,8 +347,8 @@ def test_self_training_names_its_losses():
 def test_empty_pseudo_labels_cost_nothing_and_break_nothing():
     net = network().train()
     terms = rectified(mixing="none", source_weight=0.0).losses(net, batch(pseudo=255, source=False), info())
-    assert float(terms["loss/rectified_main"]) == 0.0
-    assert float(terms["loss/rectified_aux"]) == 0.0
+    assert terms["loss/rectified_main"].item() == 0.0
+    assert terms["loss/rectified_aux"].item() == 0.0
     (terms["loss/rectified_main"] + terms["loss/rectified_aux"]).backward(retain_graph=True)
     assert all(p.grad is None or not p.grad.any() for p in net.parameters())
     net.zero_grad()
@@ -346,13 +359,13 @@ def test_empty_pseudo_labels_cost_nothing_and_break_nothing():
 def test_a_label_without_weight_costs_nothing_either():
     given = replace(batch(source=False), pseudo_weight=torch.zeros(2))
     terms = rectified(mixing="none", source_weight=0.0).losses(network().train(), given, info())
-    assert float(terms["loss/rectified_main"]) == 0.0
+    assert terms["loss/rectified_main"].item() == 0.0
 
 
 def test_pasted_source_pixels_count_fully_whatever_the_labels_weight():
     given = replace(batch(pseudo=255), pseudo_weight=torch.zeros(2))
     terms = rectified().losses(network().train(), given, info())
-    assert float(terms["loss/rectified_main"]) > 0
+    assert terms["loss/rectified_main"].item() > 0
 
 
 def objectives():

@@ -74,7 +74,9 @@ def broken_copy(files, bad, folder):
     """The same files with some images replaced by rubbish."""
     path = folder / "rubbish.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    return [SampleFile(f.position, f.index, str(path) if f.position in bad else f.image, f.label, f.spare) for f in files]
+    return [
+        SampleFile(f.position, f.index, str(path) if f.position in bad else f.image, f.label, f.spare) for f in files
+    ]
 
 
 def pixels(table, name, shape):
@@ -143,6 +145,23 @@ def test_what_replaces_a_corrupt_image_does_not_depend_on_where_the_block_begins
     assert shifted.column("index").to_pylist()[3 - first] == reference.column("index").to_pylist()[3]
 
 
+@pytest.mark.parametrize("bad", [{2}, {1, 2}, {3, 4, 5, 6}, {0, 7}])
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_replaces_a_corrupt_image_does_not_depend_on_the_number_of_students(tiny, tmp_path, world, bad):
+    """The positions of one of several students have gaps; what replaces a sample may lie in another's share."""
+    stream = sample_stream(tiny.source)
+
+    def read(positions):
+        table = read_block(broken_copy(stream._files(positions), bad, tmp_path), SIZE, None, NO_CACHE)
+        return dict(zip(*(table.column(name).to_pylist() for name in ("position", "index")), strict=True))
+
+    whole = read(np.arange(8))
+    assert sum(whole[p] != i for p, i in enumerate(stream.order.indices(np.arange(8)))) == len(bad)
+    for rank in range(world):
+        positions = rank_positions(0, 2, 4, rank, world).reshape(-1)
+        assert read(positions) == {position: whole[position] for position in positions}
+
+
 def test_more_corrupt_images_than_spares_end_the_run_by_name(tiny, tmp_path):
     files = broken_copy(files_of(sample_stream(tiny.source), 0, 6), set(range(6)), tmp_path)
     with pytest.raises(RunError, match=rf"more than {SPARES} images of one block of 6 .*rubbish\.png"):
@@ -158,8 +177,9 @@ def test_a_batch_is_a_copy_that_pins_no_block(tiny):
     np.testing.assert_array_equal(batch.images.numpy(), pixels(table, "image", (18, 32, 3))[1:3])
     np.testing.assert_array_equal(batch.labels.numpy(), pixels(table, "label", (18, 32))[1:3])
     assert batch.positions.tolist() == [1, 2]
-    for array in (batch.positions, batch.indices):
-        assert array.flags.owndata, "a view into the block keeps all of it in the object store"
+    for name, array in (("position", batch.positions), ("index", batch.indices)):
+        block = np.frombuffer(table.column(name).chunk(0).buffers()[1], np.uint8)
+        assert not np.shares_memory(array, block), "a view into the block keeps all of it in the object store"
 
 
 def test_skipped_files_of_a_batch_are_listed(tiny, tmp_path):

@@ -1,0 +1,53 @@
+"""What reaches the driver when a student cannot go on."""
+
+from types import SimpleNamespace
+
+import pytest
+import ray
+from fakes import Remote
+
+from actors import link
+from actors.errors import RunError
+from actors.link import Handles, train_loop
+from actors.run_log import RunLog
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """The run log that a student in Ray Train would reach."""
+    made = RunLog(str(tmp_path))
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: "cpu")
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    return made
+
+
+def run(log, monkeypatch, error):
+    class Student:
+        def __init__(self, *_):
+            raise error
+
+    monkeypatch.setattr(link, "Student", Student)
+    run_log = SimpleNamespace(fail=Remote(log.fail), write=Remote(log.write))
+    with pytest.raises(type(error)):
+        train_loop({"plan": None, "handles": Handles(run_log=run_log), "threads": 1})
+    return log.watch()["failure"]
+
+
+def test_a_sentence_is_told_as_it_is(log, monkeypatch):
+    assert run(log, monkeypatch, RunError("too many images cannot be read")) == "too many images cannot be read"
+
+
+def test_a_sentence_from_another_process_is_told_without_its_traceback(log, monkeypatch):
+    error = ray.exceptions.RayTaskError("read", "Traceback\n  much\nRunError: broken", RunError("broken"))
+    assert run(log, monkeypatch, error) == "broken"
+
+
+def test_a_defect_in_another_process_is_told_too(log, monkeypatch):
+    error = ray.exceptions.RayTaskError("poll", "Traceback\n  much\nKeyError: 3", KeyError(3))
+    assert "KeyError: 3" in run(log, monkeypatch, error)
+
+
+def test_a_dead_process_is_left_to_ray_train(log, monkeypatch):
+    assert run(log, monkeypatch, ray.exceptions.RayActorError()) is None

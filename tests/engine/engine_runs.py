@@ -1,0 +1,80 @@
+"""Whole runs of the tiny preset inside the test's own Ray, with something happening to them at a step."""
+
+import dataclasses
+import json
+
+from pipelines import adapt as adapt_module
+from pipelines import cluster
+from pipelines.adapt import Interrupt, Run
+from pipelines.options import AdaptOptions, write_config
+from pipelines.setup import resolve
+
+TERMS = ("loss", "discriminator")
+
+
+class StartedRun:
+    """A run and what a test may do to it."""
+
+    def __init__(self, options):
+        setup = resolve(options)
+        # Every step is logged and every fifth one saved, so that a kill loses some steps and their losses show.
+        plan = dataclasses.replace(setup.plan, log_every=1, checkpoint_every=5)
+        self.setup = dataclasses.replace(setup, plan=plan)
+        write_config(self.setup.options)
+        self.newest = {}
+        self.stop = Interrupt()
+        self.run = None
+        self.messages = []
+
+    def go(self, at_step=None, do=None):
+        shares = cluster.shares(self.setup.options, cluster.total_resources())
+        done = []
+
+        def watch(kind, what):
+            if kind == "message":
+                self.messages.append(what["text"])
+            if kind != "progress":
+                return
+            self.newest = what
+            if at_step is not None and not done and what.get("train", {}).get("step", 0) >= at_step:
+                done.append(True)
+                do(self)
+
+        before, adapt_module.WATCH_SECONDS = adapt_module.WATCH_SECONDS, 0.02
+        try:
+            self.run = Run(self.setup, shares, watch, {})
+            outcome = self.run.execute(self.stop)
+        finally:
+            adapt_module.WATCH_SECONDS = before
+        assert at_step is None or done, f"the run never reached step {at_step}"
+        return outcome
+
+    def interrupt(self):
+        self.stop(2, None)
+
+    def student_pids(self):
+        lines = [json.loads(line) for line in open(f"{self.setup.plan.folder}/metrics.jsonl")]
+        return [line["pid"] for line in lines if line["kind"] == "student"]
+
+
+def start_run(folder, data, **given):
+    options = {
+        "preset": "tiny",
+        "steps": 40,
+        "name": "run",
+        "runs": str(folder),
+        "data": str(data),
+        "references": "never",
+        "teachers": 1,
+    }
+    return StartedRun(AdaptOptions(**{**options, **given}))
+
+
+def losses(folder):
+    """Step → its loss terms; a step that was run twice counts as it was run last."""
+    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return {
+        line["step"]: {name: value for name, value in line.items() if name.split("/")[0] in TERMS and "/" in name}
+        for line in lines
+        if line["kind"] == "train"
+    }

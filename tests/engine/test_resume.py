@@ -1,0 +1,53 @@
+"""A run that was killed or stopped continues with the very samples, labels and losses of one that was not."""
+
+import json
+import os
+import signal
+
+import pytest
+from engine_runs import TERMS, losses, start_run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one student", "two students"])
+def uninterrupted(request, local_ray, tmp_path_factory, tiny_folder):
+    students = request.param
+    run = start_run(tmp_path_factory.mktemp("whole"), tiny_folder, students=students, refresh="once")
+    outcome = run.go()
+    assert outcome.results is not None
+    return students, losses(outcome.folder)
+
+
+def test_stopping_and_resuming_gives_the_same_losses(uninterrupted, local_ray, tmp_path, tiny_folder):
+    students, expected = uninterrupted
+    first = start_run(tmp_path, tiny_folder, students=students, refresh="once")
+    stopped = first.go(at_step=9, do=lambda run: run.interrupt())
+    assert stopped.stopped
+    assert 9 <= max(losses(stopped.folder)) < 40
+    resumed = start_run(tmp_path, tiny_folder, students=students, refresh="once").go()
+    assert resumed.results is not None
+    assert losses(resumed.folder) == expected
+
+
+def test_a_killed_student_resumes_from_its_checkpoint_with_the_same_losses(
+    uninterrupted, local_ray, tmp_path, tiny_folder
+):
+    students, expected = uninterrupted
+
+    def kill(run):
+        os.kill(run.student_pids()[-1], signal.SIGKILL)
+
+    outcome = start_run(tmp_path, tiny_folder, students=students, refresh="once").go(at_step=14, do=kill)
+    assert outcome.results is not None
+    assert losses(outcome.folder) == expected
+    starts = [json.loads(line) for line in open(outcome.folder / "metrics.jsonl")]
+    assert sum(line["kind"] == "student" for line in starts) == 2 * students, "every student started twice"
+
+
+def test_the_losses_that_are_compared_are_all_terms_of_both_stages(uninterrupted):
+    _, expected = uninterrupted
+    assert set(expected) == set(range(1, 41))
+    assert set(expected[1]) >= {"loss/segmentation", "loss/adversarial_main", "discriminator/main"}
+    assert set(expected[40]) >= {"loss/segmentation", "loss/rectified_main", "loss/divergence"}
+    assert all(name.split("/")[0] in TERMS for terms in expected.values() for name in terms)

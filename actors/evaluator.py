@@ -127,17 +127,21 @@ class Evaluator:
     """Shell of :class:`Scorer`; writes what it finds into the run log, marked as using target labels."""
 
     def __init__(
-        self, make_scorer: Callable[[torch.device], Scorer], target: Any, run_log: Any, threads: int = 1
+        self, make_scorer: Callable[[torch.device], Scorer], target: Any, board: Any, run_log: Any, threads: int = 1
     ) -> None:
         torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        self.scorer, self.target, self.run_log = make_scorer(device), target, run_log
+        self.scorer, self.target = make_scorer(device), target
+        self.board, self.run_log = board, run_log
 
-    def score(self, version: int, reference: list[Any]) -> dict[str, Any] | None:
-        """Score published weights; None when they died with their student."""
+    def score_newest(self) -> dict[str, Any] | None:
+        """Score the weights that hang on the board; None when there are none, or they died with their student."""
         try:
-            weights = ray.get(reference[0])
-        except ray.exceptions.RayError:
+            version = ray.get(self.board.newest_version.remote())
+            weights = None if version is None else ray.get(ray.get(self.board.take.remote(version))[0])
+        except (ray.exceptions.RayError, LookupError):
+            return None
+        if weights is None:
             return None
         result = self.scorer.score(weights)
         self.run_log.write.remote("score", version, {"miou": result["miou"], "oracle_metric": True})

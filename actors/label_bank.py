@@ -93,7 +93,8 @@ class LabelBook:
         self.counters = Counters()
         self.histogram = np.zeros((plan.rule.num_classes, 256), np.int64)
         self._thresholds: np.ndarray | None = None
-        self._refused: dict[int, list[int]] = {}
+        self._refused: dict[int, set[int]] = {}
+        self._not_after: dict[int, int] = {}
 
     @property
     def policy(self) -> StalenessPolicy:
@@ -126,7 +127,9 @@ class LabelBook:
         self.counters.teacher_seconds += header.seconds
         self.counters.skipped += [path for path in header.skipped if path not in self.counters.skipped]
         old = self.entries.get(header.chunk)
-        if old is not None and self._refuse(old, header):
+        if header.version > self._not_after.pop(header.chunk, header.version):
+            return False
+        if old is not None and (header.version < old.version or self._refuse(old, header)):
             return False
         self._refused.pop(header.chunk, None)
         if old is not None:
@@ -157,6 +160,7 @@ class LabelBook:
         """The student came back at an earlier step: labels of weights that it has not made yet are no one's."""
         for chunk, version in [(c, e.version) for c, e in self.entries.items() if e.version > step]:
             self.lose(chunk, version)
+        self._not_after = dict.fromkeys(self.busy, step)
         self.blocked = {version for version in self.blocked if version <= step}
         self._refused.clear()
 
@@ -203,10 +207,10 @@ class LabelBook:
         """Refuse a block whose labels look collapsed; after as many refusals of different weights it is believed."""
         if new.version in self.blocked:
             return True
-        refused = self._refused.setdefault(new.chunk, [])
+        refused = self._refused.setdefault(new.chunk, set())
         if not self._collapsed(old, new) or len(refused) >= REFUSALS_TO_BLOCK:
             return False
-        refused.append(new.version)
+        refused.add(new.version)
         self.counters.collapsed_blocks += 1
         if sum(new.version in versions for versions in self._refused.values()) >= min(
             REFUSALS_TO_BLOCK, len(self.ranges)
@@ -230,14 +234,14 @@ class LabelBank:
         plans: dict[int, LabelPlan],
         images: int,
         rows: Mapping[int, int],
-        teachers: Sequence[Any],
         board: Any,
         calls_in_flight: int = 2,
         folder: str | None = None,
     ) -> None:
         self.folder = folder
         self.plans, self.images = plans, images
-        self.teachers, self.board = list(teachers), board
+        self.teachers: list[Any] = []
+        self.board = board
         self.rows = rows
         self.calls_in_flight = calls_in_flight
         self.stage = -1
@@ -277,12 +281,14 @@ class LabelBank:
         """A student could not read a block that this bank believes live."""
         if self.book is not None:
             self.book.lose(chunk, version)
+            self._forget_broken_round()
 
     async def rewind(self, step: int) -> None:
         """See :meth:`LabelBook.rewind`."""
         self.student_step = step
         if self.book is not None:
             self.book.rewind(step)
+            self._forget_broken_round()
 
     async def index(self) -> dict[str, Any]:
         """What a checkpoint keeps of the bank."""
@@ -290,8 +296,16 @@ class LabelBank:
             return {}
         return {"stage": self.stage, "round_file": self.round_file, **self.book.index()}
 
-    async def status(self) -> dict[str, Any]:
-        """Numbers for the progress line and the report."""
+    async def status(self, teachers: Sequence[Any] = ()) -> dict[str, Any]:
+        """Numbers for the progress line and the report.
+
+        Args:
+            teachers: whom the bank may call; the first non-empty word counts.
+        """
+        if teachers and not self.teachers:
+            self.teachers = list(teachers)
+            if self.book is not None:
+                self._start_feeding()
         if self.book is None:
             return {}
         book, elapsed = self.book, max(1e-9, time.monotonic() - self.feeding_since)
@@ -305,6 +319,7 @@ class LabelBank:
             "teacher_failures": book.counters.failures,
             "blocks_lost": book.counters.lost_blocks,
             "blocks_collapsed": book.counters.collapsed_blocks,
+            "versions_blocked": len(book.blocked),
             "skipped": list(book.counters.skipped),
             "fatal": self.fatal,
             "class_shares": book.class_shares().tolist(),
@@ -315,15 +330,25 @@ class LabelBank:
         return [] if self.book is None else [entry.block for _, entry in sorted(self.book.entries.items())]
 
     async def reopen(self, stage: int, stage_version: int, path: str) -> None:
-        """Take over a complete round that :func:`actors.label_rounds.write_round` wrote before a resume."""
+        """Take over a complete round that :func:`actors.label_rounds.write_round` wrote before a resume.
+
+        Raises:
+            ray.exceptions.RayTaskError: the file is gone or of another run; the bank is then as it was.
+        """
+        count = -(-self.images // self.rows[stage])
+        headers_ref, *blocks = ray.remote(num_cpus=0)(read_round).options(num_returns=1 + count).remote(path, count)
+        headers = await headers_ref
         self._open(stage, stage_version)
         assert self.book is not None
-        count = len(self.book.ranges)
-        headers_ref, *blocks = ray.remote(num_cpus=0)(read_round).options(num_returns=1 + count).remote(path, count)
-        for header, block in zip(await headers_ref, blocks, strict=True):
+        for header, block in zip(headers, blocks, strict=True):
             self.book.accept(header, block)
         self.round_file = path
         self._start_feeding()
+
+    def _forget_broken_round(self) -> None:
+        """A round that lost a block is made whole again by other labels than those in its file."""
+        if self.book is not None and not self.book.round_complete:
+            self.round_file = None
 
     def _open(self, stage: int, stage_version: int) -> None:
         for feeder in self.feeders:
@@ -369,8 +394,10 @@ class LabelBank:
                 raise
             except ray.exceptions.RayError as error:
                 book.fail(chunk)
-                errors = errors + 1 if isinstance(error, ray.exceptions.RayTaskError) else 0
-                if errors >= ERRORS_TO_FAIL:
+                # A dead teacher starts again; one that raises, or never labelled anything, will not get better.
+                hopeless = isinstance(error, ray.exceptions.RayTaskError) or not book.counters.blocks
+                errors = errors + 1 if hopeless else 0
+                if errors >= ERRORS_TO_FAIL * (1 if isinstance(error, ray.exceptions.RayTaskError) else 20):
                     self.fatal = f"a teacher cannot label: {str(error).strip().splitlines()[-1]}"
                 await asyncio.sleep(0.2)
 

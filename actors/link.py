@@ -22,11 +22,10 @@ from actors.student import Student
 
 @dataclass(frozen=True)
 class Handles:
-    """Actor handles that a student gets; ``bank``, ``evaluator`` and ``run_log`` may be missing (reference runs)."""
+    """Actor handles that a student gets; ``bank`` and ``run_log`` may be missing (reference runs)."""
 
     board: Any = None
     bank: Any = None
-    evaluator: Any = None
     run_log: Any = None
     label_rows: Mapping[int, int] = field(default_factory=dict)
     """Images in a label block, by stage."""
@@ -41,7 +40,7 @@ class ClusterLink:
         self.plan, self.handles, self.rank = plan, handles, rank
         self.inside_train, self.suffix = inside_train, f":{name}" if name else ""
         lead = rank == 0 and handles.board is not None
-        self.publisher = Publisher(handles.board, handles.bank, handles.evaluator) if lead else None
+        self.publisher = Publisher(handles.board, handles.bank) if lead else None
         self._stop = False
         self._asked: Any = None
         self._asked_at = 0.0
@@ -104,8 +103,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         return Student(config["plan"], link, rank, world, device).run()
     except (RunError, ray.exceptions.RayTaskError) as error:
         # Ray Train would start the same mistake again; the driver hears of it here and ends the run.
-        inner = getattr(error, "cause", None)
-        ray.get(config["handles"].run_log.fail.remote(str(inner if isinstance(inner, RunError) else error)))
+        cause = getattr(error, "cause", None) or error
+        ray.get(config["handles"].run_log.fail.remote(str(cause).strip().splitlines()[-1]))
         raise
 
 

@@ -8,7 +8,7 @@ needs a new *kind* of thing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -153,6 +153,27 @@ class LabelPlan:
     policy: StalenessPolicy
     selection: Selection | None = None
     label_column: str = "label"
+
+    def for_bank(self) -> LabelPlan:
+        """The same plan without the rule's code."""
+        return replace(self, rule=RuleShape(self.rule.layout, self.rule.num_classes))
+
+
+@dataclass(frozen=True)
+class RuleShape:
+    """What the bank needs to know of a rule. It starts without torch, which most rules import."""
+
+    layout: RecordLayout
+    num_classes: int
+
+    @property
+    def view_sizes(self) -> tuple[tuple[int, int], ...]:
+        """None: it labels nothing."""
+        return ()
+
+    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+        """Never called at the bank."""
+        raise NotImplementedError("this is the shape of a label rule, not the rule")
 
 
 @dataclass(frozen=True)

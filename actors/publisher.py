@@ -89,31 +89,34 @@ class TeachingNetwork:
 class Publisher:
     """Puts weights into the object store in a thread and hangs them on the board; rank 0 only."""
 
-    def __init__(self, board: Any, bank: Any | None, evaluator: Any | None) -> None:
-        self.board, self.bank, self.evaluator = board, bank, evaluator
+    def __init__(self, board: Any, bank: Any | None) -> None:
+        self.board, self.bank = board, bank
         self.version: int | None = None
-        self.skipped_scores = self.failures = 0
+        self.failures = 0
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
-        self._scoring: Any = None
 
-    def publish(self, version: int, network: nn.Module, *, pin: bool, score: bool) -> None:
+    def publish(self, version: int, network: nn.Module, *, pin: bool) -> None:
         """Publish a network as it is now; returns at once.
 
         Args:
             version: the student's step.
             network: read before this returns.
             pin: keep the version alive until another is pinned.
-            score: have the evaluator score it, unless it is still busy with the last one.
         """
         weights = {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in network.state_dict().items()}
         self.flush()
         self.version = version
-        self._pending = self._pool.submit(self._put, version, weights, pin, score)
+        self._pending = self._pool.submit(self._put, version, weights, pin)
 
     def rewind(self, step: int) -> None:
         """Tell board and bank that the student stands at an earlier step than they may have seen."""
-        ray.get([board.rewind.remote(step) for board in (self.board, self.bank) if board is not None])
+        for board in (self.board, self.bank):
+            try:
+                if board is not None:
+                    ray.get(board.rewind.remote(step))
+            except ray.exceptions.RayActorError:  # it is just restarting, and so remembers nothing
+                self.failures += 1
 
     def flush(self) -> None:
         """Wait until the last publication hangs on the board."""
@@ -125,12 +128,6 @@ class Publisher:
         except ray.exceptions.RayError:  # a board that is just restarting: the next version will hang there
             self.failures += 1
 
-    def _put(self, version: int, weights: dict[str, np.ndarray], pin: bool, score: bool) -> None:
+    def _put(self, version: int, weights: dict[str, np.ndarray], pin: bool) -> None:
         reference = ray.put(weights)
         ray.get(self.board.publish.remote(version, [reference], pin))
-        if not score or self.evaluator is None:
-            return
-        if self._scoring is not None and not ray.wait([self._scoring], timeout=0)[0]:
-            self.skipped_scores += 1
-            return
-        self._scoring = self.evaluator.score.remote(version, [reference])

@@ -325,10 +325,8 @@ class Student:
     def _publish(self, stage: StageState, pin: bool = False) -> None:
         if not self.lead or self.link.publisher is None:
             return
-        every, total = self.plan.evaluate_every, self.plan.total_steps
-        score = every > 0 and self.step > 0 and (self.step % every == 0) and self.step < total
         network = stage.teaching.settle(self.network)
-        self.link.publisher.publish(self.step, network, pin=pin, score=score)
+        self.link.publisher.publish(self.step, network, pin=pin)
         if pin:
             self.link.publisher.flush()
 
@@ -400,7 +398,7 @@ class Student:
                 self.tally.skipped.append(path)
                 self.link.say(f"skipped an unreadable image: {path}", self.step)
         images = min(getattr(stream, "images", np.inf) for stream in stage.plan.streams.values())
-        if len(self.tally.skipped) > self.plan.max_skipped_share * images / self.world:
+        if len(self.tally.skipped) > self.plan.max_skipped_share * images:
             raise RunError(
                 f"{len(self.tally.skipped)} of {images} images cannot be read, more than "
                 f"{self.plan.max_skipped_share:.0%}: {', '.join(self.tally.skipped[:3])}. Repair or remove them."

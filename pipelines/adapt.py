@@ -115,7 +115,8 @@ class Run:
         self.setup, self.shares, self.watch, self.seconds = setup, shares, watch, seconds
         self.seen_messages = 0
         self.teacher_status: dict[str, Any] = {}
-        self.step = 0
+        self.step = self.scored = 0
+        self.scoring: Any = None
         self.run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote(setup.plan.folder)
         self.board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote()
         # Kept, because an actor that restarts needs its arguments again. A short list travels by value: Ray prints a
@@ -130,7 +131,7 @@ class Run:
         """Train, train the references, score, write the result."""
         outcome = Outcome(Path(self.setup.plan.folder), seconds=self.seconds)
         try:
-            self._start_actors()
+            self._start_bank()
             student = self._train(interrupt)
             self._retire_teachers()
             if student["stopped"]:
@@ -147,37 +148,43 @@ class Run:
             self._end()
         return outcome
 
-    def _start_actors(self) -> None:
-        """Everything but the students; nothing is waited for, so that processes start side by side."""
+    def _start_bank(self) -> None:
+        setup = self.setup
+        if setup.labels:
+            bank = ray.remote(LabelBank).options(num_cpus=0, max_restarts=-1, max_concurrency=64, resources=HEAD)
+            self.bank = bank.remote(
+                {stage: plan.for_bank() for stage, plan in setup.labels.items()},
+                len(setup.domains.target),
+                setup.label_rows(),
+                self.board,
+                folder=f"{setup.plan.folder}/labels",
+            )
+
+    def _start_helpers(self) -> None:
+        """Teachers and evaluator, once the students run: a process that imports torch takes seconds of a core, and
+        the first step should not wait for those that have nothing to do yet."""
+        if self.evaluator is not None:
+            return
         setup, plan = self.setup, self.setup.plan
-        labels = setup.labels
-        reader = self.reader
-        if labels:
+        if self.bank is not None:
             teacher = ray.remote(Teacher).options(
                 max_restarts=-1, max_task_retries=0, **actor_options(self.shares.teacher)
             )
             self.teachers = [
-                teacher.remote(plan.network, reader, labels, plan.seed, self.board, setup.options.threads)
+                teacher.remote(plan.network, self.reader, setup.labels, plan.seed, self.board, setup.options.threads)
                 for _ in range(setup.options.teachers)
             ]
-            bank = ray.remote(LabelBank).options(num_cpus=0, max_restarts=-1, max_concurrency=64, resources=HEAD)
-            self.bank = bank.remote(
-                labels,
-                len(setup.domains.target),
-                setup.label_rows(),
-                self.teachers,
-                self.board,
-                folder=f"{plan.folder}/labels",
-            )
         evaluator = ray.remote(Evaluator).options(max_restarts=-1, **actor_options(self.shares.evaluator))
-        self.evaluator = evaluator.remote(setup.make_scorer(), reader, self.run_log, setup.options.threads)
+        self.evaluator = evaluator.remote(
+            setup.make_scorer(), self.reader, self.board, self.run_log, setup.options.threads
+        )
 
     def _train(self, interrupt: Interrupt) -> dict[str, Any]:
         """The students, in a thread of their own; this one watches."""
         setup = self.setup
         began = time.monotonic()
         self._reopen_round()
-        handles = Handles(self.board, self.bank, self.evaluator, self.run_log, setup.label_rows())
+        handles = Handles(self.board, self.bank, self.run_log, setup.label_rows())
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"plan": setup.plan, "handles": handles, "threads": setup.options.threads},
@@ -227,7 +234,8 @@ class Run:
         try:
             seen = ray.get(self.run_log.watch.remote(self.seen_messages), timeout=5)
             if self.bank is not None:
-                status = ray.get(self.bank.status.remote(), timeout=5)
+                # A bank that was restarted hears here again whom it may call.
+                status = ray.get(self.bank.status.remote(self.teachers), timeout=5)
                 if status:
                     self._tell_failures(status)
                     self.teacher_status = status
@@ -237,16 +245,27 @@ class Run:
             self.watch("message", {"text": text})
         self.seen_messages += len(seen["messages"])
         self.step = seen["newest"].get("train", {}).get("step", 0)
+        if "student" in seen["newest"]:
+            self._start_helpers()
+            self._score_now_and_then()
         failure = seen["failure"] or self.teacher_status.get("fatal")
         if failure:
             raise RunError(failure)
         self.watch("progress", {**seen["newest"], "teachers": self.teacher_status})
 
+    def _score_now_and_then(self) -> None:
+        """Have the newest weights scored every so many steps, unless the evaluator is still busy."""
+        every = self.setup.plan.evaluate_every
+        busy = self.scoring is not None and not ray.wait([self.scoring], timeout=0)[0]
+        if every and self.step // every > self.scored and not busy and self.step < self.setup.plan.total_steps:
+            self.scored = self.step // every
+            self.scoring = self.evaluator.score_newest.remote()
+
     def _tell_failures(self, status: dict[str, Any]) -> None:
         failed = status["teacher_failures"] - self.teacher_status.get("teacher_failures", 0)
         if failed > 0:
             self.run_log.say.remote(f"{failed} label calls failed with their teacher; they are made again")
-        if status["blocks_collapsed"] > self.teacher_status.get("blocks_collapsed", 0):
+        if status["versions_blocked"] > self.teacher_status.get("versions_blocked", 0):
             self.run_log.say.remote(
                 "the classes of new labels collapsed: those weights label no more, the last good labels stay"
             )
@@ -308,6 +327,7 @@ class Run:
         """The table's rows: the last step counts."""
         began = time.monotonic()
         self.watch("phase", {"name": "score", "text": "scoring"})
+        self._start_helpers()
         state = CheckpointStore(f"{self.setup.plan.folder}/checkpoints").newest()
         if state is None or state["step"] != self.setup.plan.total_steps:
             raise RunError(

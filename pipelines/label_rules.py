@@ -1,8 +1,8 @@
-"""Label rules: what a teacher does with a network and target images, and what a reader does with the record."""
+"""Label rules: what a teacher does with a network and target images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from actors.protocols import Labelled
 from actors.records import RecordLayout
 from models.networks.deeplab import DeepLab
-from models.selection import apply_thresholds, confidence_histogram, percentile_thresholds
+from models.selection import confidence_histogram
 from models.uncertainty import UncertaintyRule, draw_masks, monte_carlo_labels, trunk_views
 from pipelines.views import network_input
 
@@ -82,26 +82,3 @@ class MonteCarloRule:
             )
             for label, winner, confidence in zip(labels, winners, confidences, strict=True)
         ]
-
-
-@dataclass(frozen=True)
-class PercentileSelection:
-    """Keeps the most confident share of every class over the whole target set, and whatever is sure anyway.
-
-    Attributes:
-        keep_share: share of each class's pixels that is kept, in (0, 1].
-        sure: probability above which a pixel is kept whatever its class's share.
-        min_pixels: a class with fewer predicted pixels in all has no percentile worth the name: all are kept.
-    """
-
-    keep_share: float
-    sure: float = 0.9
-    min_pixels: int = 100
-
-    def thresholds(self, histogram: np.ndarray) -> np.ndarray:
-        """See :class:`actors.protocols.Selection`."""
-        return percentile_thresholds(histogram, self.keep_share, min_pixels=self.min_pixels, cap=round(255 * self.sure))
-
-    def apply(self, record: Mapping[str, np.ndarray], thresholds: np.ndarray) -> np.ndarray:
-        """See :class:`actors.protocols.Selection`."""
-        return apply_thresholds(record["label"], record["confidence"], thresholds)

@@ -6,11 +6,12 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import tomli_w
 
 from actors.errors import RunError
+from pipelines.choices import check_choices
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
 
@@ -70,11 +71,7 @@ class AdaptOptions:
         for name in ("students", "teachers", "threads"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name} is {getattr(self, name)}; a run needs at least one")
-        for field_ in dataclasses.fields(self):
-            allowed = get_args(get_type_hints(AdaptOptions)[field_.name])
-            given = getattr(self, field_.name)
-            if isinstance(field_.default, str) and allowed and type(None) not in allowed and given not in allowed:
-                raise RunError(f"{field_.name} is {given!r}; choose one of {', '.join(map(str, allowed))}")
+        check_choices(self)
         if self.seed < 0:
             raise RunError(f"--seed is {self.seed}; give a number that is not negative")
 

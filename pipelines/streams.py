@@ -12,7 +12,7 @@ import queue
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -152,15 +152,20 @@ class SampleStream:
         segments = [positions[start : start + length] for start in range(0, len(positions), length)]
         return _Segments(self, segments, rows, share)
 
-    def dataset(self, positions: np.ndarray, rows: int) -> ray.data.Dataset:
-        """The samples at some positions as a Ray Dataset in that order, ``rows`` samples to a block."""
+    def blocks(self, positions: np.ndarray, rows: int) -> list[list[SampleFile]]:
+        """The files of the samples at some positions, ``rows`` samples to a block."""
+        return [self._files(positions[start : start + rows]) for start in range(0, len(positions), rows)]
+
+    def dataset(self, blocks: list[list[SampleFile]]) -> ray.data.Dataset:
+        """Blocks of samples as a Ray Dataset in that order."""
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        blocks = [self._files(positions[start : start + rows]) for start in range(0, len(positions), rows)]
         source = _BlockSource(blocks, self.size, self.split.label_encoding, self.cache)
-        return ray.data.read_datasource(source, num_cpus=self.read_cpus, override_num_blocks=len(blocks), concurrency=2)
+        return ray.data.read_datasource(
+            source, num_cpus=self.read_cpus, override_num_blocks=len(blocks), concurrency=2
+        )
 
     def _files(self, positions: np.ndarray) -> list[SampleFile]:
         """Files of a block, and behind them those of the next positions that are not in it themselves."""
@@ -299,8 +304,8 @@ def _collate(table: pa.Table, size: Size) -> RawBatch:
     return RawBatch(
         images,
         labels,
-        np.array(table.column("position")),
-        np.array(table.column("index")),
+        table.column("position").to_numpy().copy(),
+        table.column("index").to_numpy().copy(),
         tuple(skipped),
     )
 
@@ -314,6 +319,19 @@ def _pixels(table: pa.Table, name: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
+class SegmentReader:
+    """Runs the Ray Data executions of one student, in a process of its own.
+
+    The executor is Python that is always awake: in the student's process it would fight the training step for the
+    interpreter lock (seen: a step three times as long).
+    """
+
+    def read(self, stream: SampleStream, blocks: list[list[SampleFile]]) -> Iterator[pa.Table]:
+        """The blocks of one segment, in order. Returned by value: they then belong to the student that asked."""
+        rows = sum(not file.spare for file in blocks[0])
+        yield from stream.dataset(blocks).iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1)
+
+
 class _Segments(Iterator[RawBatch]):
     """Plays one segment after the other; the next one opens while the last batches of this one are consumed."""
 
@@ -322,6 +340,8 @@ class _Segments(Iterator[RawBatch]):
         self.current = 0
         self.delivered = 0
         self.open: dict[int, _Segment] = {}
+        reader = ray.remote(SegmentReader).options(num_cpus=0, max_concurrency=2)
+        self.reader = reader.remote() if segments else None
         self._open(0)
 
     def __next__(self) -> RawBatch:
@@ -339,16 +359,17 @@ class _Segments(Iterator[RawBatch]):
 
     def _open(self, number: int) -> None:
         if number < len(self.segments) and number not in self.open:
-            self.open[number] = _Segment(self.stream, self.segments[number], self.rows, self.share)
+            blocks = self.stream.blocks(self.segments[number], self.rows)
+            self.open[number] = _Segment(self.reader, self.stream, blocks, self.share)
 
 
 class _Segment:
-    """One Ray Data execution behind a small queue."""
+    """The batches of one segment behind a small queue, filled by a thread that mostly waits."""
 
-    def __init__(self, stream: SampleStream, positions: np.ndarray, rows: int, share: int) -> None:
+    def __init__(self, reader: Any, stream: SampleStream, blocks: list[list[SampleFile]], share: int) -> None:
         self.queue: queue.Queue[RawBatch | BaseException | None] = queue.Queue(QUEUE_BATCHES)
         self.thread = threading.Thread(
-            target=self._fill, args=(stream, positions, rows, share), name="segment", daemon=True
+            target=self._fill, args=(reader, stream, blocks, share), name="segment", daemon=True
         )
         self.thread.start()
 
@@ -361,11 +382,15 @@ class _Segment:
             raise RuntimeError("a Ray Data segment ended before its last batch")
         return item
 
-    def _fill(self, stream: SampleStream, positions: np.ndarray, rows: int, share: int) -> None:
+    def _fill(self, reader: Any, stream: SampleStream, blocks: list[list[SampleFile]], share: int) -> None:
         try:
-            dataset = stream.dataset(positions, rows)
-            for table in dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=1):
-                self.queue.put(_collate(table, stream.size))
+            # The files of a segment travel once; the stream itself goes without its list of all images.
+            light = replace(stream, split=stream.split.first(0), order=SampleOrder(0, 0, ""))
+            read = reader.read.options(num_returns="streaming", _generator_backpressure_num_objects=2)
+            for reference in read.remote(light, blocks):
+                table = ray.get(reference)
+                for start in range(0, table.num_rows, share):
+                    self.queue.put(_collate(table.slice(start, share), stream.size))
             self.queue.put(None)
         except BaseException as error:  # the student, not this thread, decides what an error means
             self.queue.put(error)

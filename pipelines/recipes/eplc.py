@@ -17,11 +17,13 @@ from actors.protocols import Batch, LabelPlan, ObjectiveContext, StagePlan, Step
 from actors.staleness import StalenessPolicy
 from models.losses import rectified_terms
 from models.networks.deeplab import upsample_logits
-from pipelines.label_rules import MonteCarloRule, PercentileSelection
+from pipelines.choices import check_choices
+from pipelines.label_rules import MonteCarloRule
 from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
 from pipelines.recipes.optimisation import Rate, Sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
+from pipelines.selections import PercentileSelection
 from pipelines.views import Whole, class_mix
 
 PSEUDO_CROP_VALUES = 10
@@ -62,6 +64,7 @@ class EplcOptions:
     """Strength of the colour jitter on what the student sees in stage II."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 < self.keep_share <= 1:
             raise RunError(f"keep_share is {self.keep_share}; give a share in (0, 1]")
         for name in ("sure", "threshold"):

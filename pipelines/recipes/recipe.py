@@ -219,8 +219,8 @@ def _mini(benchmark: Benchmark) -> Preset:
         network=DeepLabConfig.small(len(benchmark.classes.names)),
         discriminator_width=4,
         stages=(
-            StageSchedule(steps=300, horizon=1500, warmup=30, learning_rate=0.02, **common),
-            StageSchedule(steps=900, horizon=1100, warmup=20, learning_rate=0.015, **common),
+            StageSchedule(steps=150, horizon=1200, warmup=20, learning_rate=0.02, **common),
+            StageSchedule(steps=850, horizon=1000, warmup=20, learning_rate=0.015, **common),
         ),
         label_size=(256, 192) if benchmark.name == "city2robot" else (256, 128),
         label_views=(target, _scaled(target, 1.25)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 from pipelines import adapt as adapt_module
 from pipelines import cluster
@@ -53,7 +54,7 @@ class StartedRun:
         self.stop(2, None)
 
     def student_pids(self):
-        lines = [json.loads(line) for line in open(f"{self.setup.plan.folder}/metrics.jsonl")]
+        lines = [json.loads(line) for line in Path(self.setup.plan.folder, "metrics.jsonl").read_text().splitlines()]
         return [line["pid"] for line in lines if line["kind"] == "student"]
 
 
@@ -72,7 +73,7 @@ def start_run(folder, data, **given):
 
 def losses(folder):
     """Step → its loss terms; a step that was run twice counts as it was run last."""
-    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         line["step"]: {name: value for name, value in line.items() if name.split("/")[0] in TERMS and "/" in name}
         for line in lines

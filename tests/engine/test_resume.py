@@ -41,7 +41,7 @@ def test_a_killed_student_resumes_from_its_checkpoint_with_the_same_losses(
     outcome = start_run(tmp_path, tiny_folder, students=students, refresh="once").go(at_step=14, do=kill)
     assert outcome.results is not None
     assert losses(outcome.folder) == expected
-    starts = [json.loads(line) for line in open(outcome.folder / "metrics.jsonl")]
+    starts = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "student" for line in starts) == 2 * students, "every student started twice"
 
 

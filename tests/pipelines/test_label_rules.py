@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from pipelines.label_rules import MonteCarloRule, PercentileSelection
+from pipelines.label_rules import MonteCarloRule
+from pipelines.selections import PercentileSelection
 
 CONFIG = DeepLabConfig(
     num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)

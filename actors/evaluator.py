@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import UnreadableImage
-from actors.teacher import load_weights
+from actors.teacher import YIELDING, load_weights
 from models.networks.deeplab import DeepLab, adapt_batch_norm
 from models.scores import ConfusionMatrix, protocol_means
 from models.uncertainty import mean_probabilities, trunk_views
@@ -131,6 +132,8 @@ class Evaluator:
     ) -> None:
         torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        if device.type == "cpu":
+            os.nice(YIELDING)
         self.scorer, self.target = make_scorer(device), target
         self.board, self.run_log = board, run_log
 

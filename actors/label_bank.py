@@ -252,6 +252,7 @@ class LabelBank:
         self.feeding_since = time.monotonic()
         self.round_file: str | None = None
         self.fatal: str | None = None
+        self.rewinds = 0
 
     async def poll(self, stage: int, stage_version: int, since: int, step: int) -> Delta:
         """Answer a student, and begin its stage when this is the first word of it.
@@ -286,6 +287,7 @@ class LabelBank:
     async def rewind(self, step: int) -> None:
         """See :meth:`LabelBook.rewind`."""
         self.student_step = step
+        self.rewinds += 1
         if self.book is not None:
             self.book.rewind(step)
             self._forget_broken_round()
@@ -304,6 +306,7 @@ class LabelBank:
         """
         if teachers and not self.teachers:
             self.teachers = list(teachers)
+            self.feeding_since = time.monotonic()
             if self.book is not None:
                 self._start_feeding()
         if self.book is None:
@@ -373,10 +376,13 @@ class LabelBank:
             if once and book.round_complete:
                 await asyncio.sleep(1.0)
                 continue
+            rewinds = self.rewinds
             try:
                 newest = await self._version()
             except ray.exceptions.RayError:
                 newest = None
+            if rewinds != self.rewinds:  # what the board said is from before
+                continue
             chunk = book.next_chunk(newest)
             if chunk is None:
                 await asyncio.sleep(0.05)

@@ -103,9 +103,15 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         return Student(config["plan"], link, rank, world, device).run()
     except (RunError, ray.exceptions.RayTaskError) as error:
         # Ray Train would start the same mistake again; the driver hears of it here and ends the run.
-        cause = getattr(error, "cause", None) or error
-        ray.get(config["handles"].run_log.fail.remote(str(cause).strip().splitlines()[-1]))
+        ray.get(config["handles"].run_log.fail.remote(last_line(error)))
         raise
+
+
+def last_line(error: BaseException) -> str:
+    """The sentence of an error: a RunError's own, else the last line of what Ray wrapped round it."""
+    cause = getattr(error, "cause", None)
+    lines = str(cause if isinstance(cause, RunError) else error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def train_alone(plan: RunPlan, handles: Handles, threads: int, name: str) -> dict[str, Any]:

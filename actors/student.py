@@ -193,7 +193,7 @@ class Student:
             self.tally.labelled_seconds += (now - last) if labelled else 0.0
             last = now
             at_end = self.step == end
-            if self.step % self.plan.log_every == 0 or at_end:
+            if self.step % self.plan.log_every == 0 or self.step == 1 or at_end:
                 self._log(stage)
             # The end of a stage is published and saved by the beginning of the next one.
             finished = self.step == self.plan.total_steps
@@ -331,7 +331,7 @@ class Student:
             self.link.publisher.flush()
 
     def _checkpoint(self, stage: StageState, now: bool) -> None:
-        """Save; and report to Train at the same steps on every rank."""
+        """Save; at the boundaries of stages also report to Train, which is a barrier and waits for one of its polls."""
         if self.lead:
             stage.teaching.settle(self.network)
             state = {
@@ -347,7 +347,8 @@ class Student:
             self.store.save_later(self.step, snapshot(state), lambda sentence: self.link.say(sentence, self.step))
             if now:
                 self.store.wait()
-        self.link.report({"step": self.step, "stage": stage.index})
+        if now:
+            self.link.report({"step": self.step, "stage": stage.index})
 
     def _bank_index(self, stage: StageState) -> dict[str, Any]:
         """The bank's index; with ``refresh="once"`` not before the round is a file that a resume can reopen."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,6 +22,9 @@ from actors.errors import UnreadableImage
 from actors.label_rounds import Header
 from actors.protocols import ImageReader, LabelPlan
 from actors.records import encode
+
+YIELDING = 4
+"""Added to the niceness of teachers and evaluator where they share cores with a student: it must not wait for them."""
 
 
 def label_seed(seed: int, image_id: str, version: int) -> int:
@@ -132,6 +136,8 @@ class Teacher:
     ) -> None:
         torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        if device.type == "cpu":
+            os.nice(YIELDING)
         self.labeller = Labeller(network, reader, plans, seed, device)
         self.board = board
 
@@ -152,6 +158,4 @@ class Teacher:
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""
-        import os
-
         return os.getpid()

@@ -19,7 +19,7 @@ from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, UnreadableImage
 from actors.evaluator import Evaluator
 from actors.label_bank import LabelBank
-from actors.link import Handles, train_alone, train_loop
+from actors.link import Handles, last_line, train_alone, train_loop
 from actors.run_log import RunLog
 from actors.teacher import Teacher
 from actors.weight_board import WeightBoard
@@ -117,6 +117,8 @@ class Run:
         self.teacher_status: dict[str, Any] = {}
         self.step = self.scored = 0
         self.scoring: Any = None
+        self.labels_first = 0 in setup.labels
+        """Whether the students may wait for labels before their first step."""
         self.run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote(setup.plan.folder)
         self.board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote()
         # Kept, because an actor that restarts needs its arguments again. A short list travels by value: Ray prints a
@@ -161,8 +163,11 @@ class Run:
             )
 
     def _start_helpers(self) -> None:
-        """Teachers and evaluator, once the students run: a process that imports torch takes seconds of a core, and
-        the first step should not wait for those that have nothing to do yet."""
+        """Start teachers and evaluator, once the students run.
+
+        A process that imports torch takes seconds of a core; the first step should not wait for those that have
+        nothing to do yet.
+        """
         if self.evaluator is not None:
             return
         setup, plan = self.setup, self.setup.plan
@@ -245,7 +250,7 @@ class Run:
             self.watch("message", {"text": text})
         self.seen_messages += len(seen["messages"])
         self.step = seen["newest"].get("train", {}).get("step", 0)
-        if "student" in seen["newest"]:
+        if "train" in seen["newest"] or (self.labels_first and "student" in seen["newest"]):
             self._start_helpers()
             self._score_now_and_then()
         failure = seen["failure"] or self.teacher_status.get("fatal")
@@ -279,13 +284,14 @@ class Run:
         if state is None or self.bank is None:
             return
         index, stage = state.get("bank", {}), state["stage"]
+        self.labels_first = stage in self.setup.labels
         path = index.get("round_file")
         if index.get("stage") == stage and path:
             version = sum(plan.steps for plan in self.setup.plan.stages[:stage])
             try:
                 ray.get(self.bank.reopen.remote(stage, version, path))
             except ray.exceptions.RayError as error:
-                cause = str(getattr(error, "cause", error)).splitlines()[0]
+                cause = last_line(error)
                 self.watch(
                     "message", {"text": f"the round of labels in {path} cannot be read ({cause}); it is made anew"}
                 )

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from actors.errors import RunError
 from actors.protocols import Batch, LabelPlan, ObjectiveContext, StagePlan, StepInfo
 from actors.staleness import StalenessPolicy
-from models.losses import rectified_terms
+from models.losses import IGNORE, rectified_terms
 from models.networks.deeplab import upsample_logits
 from pipelines.choices import check_choices
 from pipelines.label_rules import MonteCarloRule
@@ -37,7 +38,7 @@ class EplcOptions:
     selection: Literal["percentile", "mean", "min", "std"] = "percentile"
     """Which pixels a pseudo label keeps. mean, min, std: fixed thresholds on Monte-Carlo statistics, as published.
     percentile: the most confident share of every class, so that no class starves."""
-    keep_share: float = 0.5
+    keep_share: float = 0.6
     """Share of every class that percentile selection keeps, in (0, 1]."""
     sure: float = 0.9
     """Mean probability above which percentile selection keeps a pixel whatever its class's share."""
@@ -58,6 +59,9 @@ class EplcOptions:
     statistics: Literal["target", "running"] = "target"
     """Batch-norm statistics of the teaching network: of target images alone, or of both domains as training left
     them."""
+    normalise_weights: bool = True
+    """Divide the class weights of a batch by their mean over its labelled pixels. As published they are not, so the
+    loss of a batch with rare classes counts up to 49 times; a network that starts from random weights diverges."""
     dropout: float = 0.2
     """Channel dropout rate of the student in stage II."""
     colour: float = 0.3
@@ -91,6 +95,7 @@ class EplcOptions:
             source_weight=0.0,
             teacher="student",
             statistics="running",
+            normalise_weights=False,
             colour=0.0,
         )
 
@@ -122,7 +127,10 @@ class RectifiedObjective:
                 )
                 weights = weights.masked_fill(pasted, 1.0)
         logits = upsample_logits(network(images), (labels.shape[-2], labels.shape[-1]))
-        rectified = rectified_terms(logits, labels, self.target_balance(labels), pixel_weights=weights)
+        class_weights = self.target_balance(labels)
+        if self.options.normalise_weights:
+            class_weights = class_weights / _mean_weight(class_weights, labels)
+        rectified = rectified_terms(logits, labels, class_weights, pixel_weights=weights)
         terms["loss/rectified_main"] = rectified.main_ce
         terms["loss/rectified_aux"] = 0.5 * rectified.aux_ce
         terms["loss/divergence"] = rectified.main_divergence + 0.5 * rectified.aux_divergence
@@ -140,6 +148,13 @@ class RectifiedObjective:
         """The inverse of :meth:`state_dict`."""
         self.source_balance.load_state_dict(state["source"])
         self.target_balance.load_state_dict(state["target"])
+
+
+def _mean_weight(class_weights: Tensor, labels: Tensor) -> Tensor:
+    """Mean class weight over the labelled pixels of int64 N×H×W labels; 1 where nothing is labelled."""
+    valid = labels != IGNORE
+    total = (class_weights[labels.clamp(max=len(class_weights) - 1)] * valid).sum()
+    return torch.where(valid.any(), total / valid.sum().clamp(min=1), torch.ones_like(total))
 
 
 def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> StagePlan:

@@ -212,22 +212,23 @@ def _full(benchmark: Benchmark) -> Preset:
 
 def _mini(benchmark: Benchmark) -> Preset:
     """Schedule and size of the rendered miniature: the demo on two cores."""
-    target = (256, 192) if benchmark.name == "city2robot" else (320, 160)
-    common: dict[str, Any] = {"batch": 4, "source_size": (320, 180), "target_size": target, "crop": (192, 96)}
+    robot = benchmark.name == "city2robot"
+    target = (240, 180) if robot else (240, 120)
+    common: dict[str, Any] = {"batch": 4, "source_size": (240, 135), "target_size": target, "crop": (192, 96)}
     return Preset(
         name="mini",
         network=DeepLabConfig.small(len(benchmark.classes.names)),
         discriminator_width=4,
         stages=(
-            StageSchedule(steps=150, horizon=1200, warmup=20, learning_rate=0.02, **common),
-            StageSchedule(steps=850, horizon=1000, warmup=20, learning_rate=0.015, **common),
+            StageSchedule(steps=150, horizon=1100, warmup=20, learning_rate=0.02, **common),
+            StageSchedule(steps=750, horizon=850, warmup=20, learning_rate=0.02, **common),
         ),
-        label_size=(256, 192) if benchmark.name == "city2robot" else (256, 128),
-        label_views=(target, _scaled(target, 1.25)),
+        label_size=target,
+        label_views=(_scaled(target, 0.8), target),
         score_views=(target,),
         score_mirrored=False,
         jitter=(0.8, 1.2),
-        source_jitter=(1.0, 1.0) if benchmark.name == "city2robot" else (0.8, 1.2),
+        source_jitter=(1.0, 1.0) if robot else (0.8, 1.2),
         ema_decay=0.98,
         publish_every=25,
         evaluate_every=100,

@@ -238,9 +238,9 @@ class FakePublisher:
     def __init__(self):
         self.published, self.rewound = [], []
 
-    def publish(self, version, network, *, pin, score):
+    def publish(self, version, network, *, pin):
         weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        self.published.append((version, pin, score, weights))
+        self.published.append((version, pin, weights))
 
     def rewind(self, step):
         self.rewound.append(step)

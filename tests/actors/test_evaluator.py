@@ -1,9 +1,15 @@
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import ray
 import torch
+from fakes import Remote
 
 from actors.errors import UnreadableImage
-from actors.evaluator import Scorer
+from actors.evaluator import Evaluator, Scorer
+from actors.weight_board import WeightBoard
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.views import network_input
 
@@ -111,3 +117,39 @@ def test_adabn_changes_the_statistics_alone_and_leaves_broken_images_out():
     assert changed
     assert all("running" in name or "tracked" in name for name in changed)
     assert again.keys() == adapted.keys()
+
+
+@pytest.fixture
+def evaluator(monkeypatch):
+    """An evaluator beside a board and a log, and what it wrote there."""
+    monkeypatch.setattr(os, "nice", lambda by: 0)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    board, lines = WeightBoard(), []
+    handle = SimpleNamespace(newest_version=Remote(board.newest_version), take=Remote(board.take))
+    log = SimpleNamespace(write=Remote(lambda *line: lines.append(line)))
+    made = Evaluator(lambda device: SimpleNamespace(score=lambda weights: {"miou": weights}), None, handle, log)
+    made.hanging, made.lines = board, lines
+    return made
+
+
+def test_the_newest_weights_are_scored_and_written_as_an_oracles_number(evaluator):
+    for version, miou in ((40, 10.0), (50, 20.0)):
+        evaluator.hanging.publish(version, [miou])
+    assert evaluator.score_newest() == {"miou": 20.0}
+    assert evaluator.lines == [("score", 50, {"miou": 20.0, "oracle_metric": True})]
+
+
+def test_where_nothing_hangs_nothing_is_scored(evaluator):
+    assert evaluator.score_newest() is None
+    assert evaluator.lines == []
+
+
+@pytest.mark.parametrize("error", [LookupError, ray.exceptions.RayError])
+def test_weights_that_died_with_their_student_are_not_scored(evaluator, error):
+    def gone(version):
+        raise error
+
+    evaluator.hanging.publish(40, [10.0])
+    evaluator.board.take = Remote(gone)
+    assert evaluator.score_newest() is None
+    assert evaluator.lines == []

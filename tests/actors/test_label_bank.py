@@ -399,15 +399,30 @@ class FakeBoard:
         self.board = WeightBoard()
         for version in versions:
             self.publish(version)
-        self.newest_version = Remote(lambda: soon(self.board.newest_version()))
-        self.nearest_version = Remote(lambda wanted: soon(self.board.nearest_version(wanted)))
+        self.newest_version = Remote(self._newest)
+        self.nearest_version = Remote(self._nearest)
+
+    async def _newest(self):
+        await asyncio.sleep(0)
+        return self.board.newest_version()
+
+    async def _nearest(self, wanted):
+        await asyncio.sleep(0)
+        return self.board.nearest_version(wanted)
 
     def publish(self, version):
         self.board.publish(version, [f"weights {version}"])
 
 
-def bank(teachers, board, calls_in_flight=2, **plan):
-    return LabelBank({1: label_plan(**plan)}, 8, {1: 2}, teachers, board, calls_in_flight)
+def unhired(board, calls_in_flight=2, **plan):
+    return LabelBank({1: label_plan(**plan)}, 8, {1: 2}, board, calls_in_flight)
+
+
+async def bank(teachers, board, calls_in_flight=2, **plan):
+    """A bank that knows its teachers before its stage begins."""
+    made = unhired(board, calls_in_flight, **plan)
+    assert await made.status(teachers) == {}
+    return made
 
 
 def defect():
@@ -442,7 +457,7 @@ def run(test):
 def test_the_first_poll_of_a_stage_begins_it_and_the_teachers_fill_it():
     async def test():
         teachers, board = [FakeTeacher(), FakeTeacher()], FakeBoard(40)
-        given = bank(teachers, board, refresh="once")
+        given = await bank(teachers, board, refresh="once")
         assert await given.status() == {}
         first = await given.poll(1, 40, 0, 41)
         assert (first.stage, first.entries, first.round_complete) == (1, [], False)
@@ -468,10 +483,80 @@ def test_the_first_poll_of_a_stage_begins_it_and_the_teachers_fill_it():
     run(test)
 
 
+def test_a_bank_whose_teachers_are_hired_later_starts_to_label_then():
+    async def test():
+        given, teacher = unhired(FakeBoard(40), refresh="once"), FakeTeacher()
+        await given.poll(1, 40, 0, 40)
+        assert (await given.status([]))["coverage"] == 0.0
+        await asyncio.sleep(0.1)
+        assert given.book.entries == {}
+        await given.status([teacher])
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        assert sorted(chunk for _, chunk, *_ in teacher.calls) == [0, 1, 2, 3]
+        await close(given)
+
+    run(test)
+
+
+def test_only_the_first_teachers_that_a_bank_hears_of_are_hired():
+    """The driver says so at every look."""
+
+    async def test():
+        board, first, other = FakeBoard(40), FakeTeacher(), FakeTeacher()
+        given = await bank([first], board, calls_in_flight=2)
+        await given.poll(1, 40, 0, 40)
+        for version in range(41, 61):
+            for teachers in ([first], [], [other]):
+                await given.status(teachers)
+            board.publish(version)
+            await asyncio.sleep(0.005)
+        assert first.most == 2, "as many calls as are allowed, however often it is named"
+        assert other.calls == []
+        await close(given)
+
+    run(test)
+
+
+def test_a_restarted_bank_that_is_told_again_labels_again():
+    async def test():
+        board, teacher = FakeBoard(40), FakeTeacher()
+        before = await bank([teacher], board, refresh="once")
+        await before.poll(1, 40, 0, 40)
+        await close(before)
+        again = unhired(board, refresh="once")
+        first = await again.poll(1, 40, 7, 45)
+        assert (first.stage, first.sequence, first.entries) == (1, 0, [])
+        assert (await again.status([teacher]))["stage"] == 1
+
+        async def complete():
+            return (await again.poll(1, 40, 0, 46)).round_complete
+
+        await until(complete)
+        await close(again)
+
+    run(test)
+
+
+def test_the_shape_of_a_rule_is_all_that_the_bank_needs_of_it():
+    whole = label_plan(refresh="once", selection=FakeSelection())
+    shape = whole.for_bank()
+    assert (shape.policy, shape.selection, shape.label_column) == (whole.policy, whole.selection, whole.label_column)
+    assert (shape.rule.layout, shape.rule.num_classes) == (whole.rule.layout, whole.rule.num_classes)
+    assert shape.rule.view_sizes == ()
+    with pytest.raises(NotImplementedError, match="not the rule"):
+        shape.rule.label(None, (), ())
+    found = [fill(LabelBook(8, 2, plan)).thresholds().tolist() for plan in (whole, shape)]
+    assert found[0] == found[1] == [100] * CLASSES
+
+
 def test_weights_from_before_the_stage_label_nothing():
     async def test():
         teacher, board = FakeTeacher(), FakeBoard(39)
-        given = bank([teacher], board)
+        given = await bank([teacher], board)
         await given.poll(1, 40, 0, 40)
         await asyncio.sleep(0.15)
         assert teacher.calls == []
@@ -489,7 +574,7 @@ def test_weights_from_before_the_stage_label_nothing():
 def test_with_once_the_weights_of_the_stages_start_label_even_when_newer_ones_hang():
     async def test():
         teacher = FakeTeacher()
-        given = bank([teacher], FakeBoard(40, 90), refresh="once")
+        given = await bank([teacher], FakeBoard(40, 90), refresh="once")
         await given.poll(1, 40, 0, 90)
 
         async def complete():
@@ -505,7 +590,7 @@ def test_with_once_the_weights_of_the_stages_start_label_even_when_newer_ones_ha
 def test_a_round_whose_weights_are_gone_is_made_with_the_newest():
     async def test():
         teacher = FakeTeacher()
-        given = bank([teacher], FakeBoard(60, 70), refresh="once")
+        given = await bank([teacher], FakeBoard(60, 70), refresh="once")
         await given.poll(1, 40, 0, 70)
 
         async def complete():
@@ -521,7 +606,7 @@ def test_a_round_whose_weights_are_gone_is_made_with_the_newest():
 def test_continuous_labels_are_made_again_with_newer_weights():
     async def test():
         teacher, board = FakeTeacher(), FakeBoard(40)
-        given = bank([teacher], board)
+        given = await bank([teacher], board)
         await given.poll(1, 40, 0, 40)
 
         async def all_of(version):
@@ -539,7 +624,7 @@ def test_a_dead_teacher_is_a_number_and_another_one_does_its_work():
     async def test():
         dead, alive = FakeTeacher(), FakeTeacher()
         dead.broken = lambda call: LostError()
-        given = bank([dead, alive], FakeBoard(40), refresh="once")
+        given = await bank([dead, alive], FakeBoard(40), refresh="once")
         await given.poll(1, 40, 0, 40)
 
         async def complete():
@@ -567,7 +652,7 @@ def test_a_teacher_whose_code_fails_every_time_is_fatal_in_one_sentence():
     async def test():
         teacher = FakeTeacher()
         teacher.broken = lambda call: defect()
-        given = bank([teacher], FakeBoard(40), calls_in_flight=1)
+        given = await bank([teacher], FakeBoard(40), calls_in_flight=1)
         await given.poll(1, 40, 0, 40)
         assert (await given.status())["fatal"] is None
         assert await failed(given, ERRORS_TO_FAIL) == "a teacher cannot label: ValueError: no such class"
@@ -581,7 +666,7 @@ def test_a_teacher_that_fails_and_then_works_is_not_fatal():
         teacher = FakeTeacher()
         teacher.broken = lambda call: defect() if call % ERRORS_TO_FAIL else None
         board = FakeBoard(40)
-        given = bank([teacher], board, calls_in_flight=1)
+        given = await bank([teacher], board, calls_in_flight=1)
         await given.poll(1, 40, 0, 40)
         assert await failed(given, 3 * (ERRORS_TO_FAIL - 1)) is None
         assert given.book.entries
@@ -594,7 +679,7 @@ def test_dead_teachers_are_never_fatal():
     async def test():
         teacher = FakeTeacher()
         teacher.broken = lambda call: ray.exceptions.RayActorError()
-        given = bank([teacher], FakeBoard(40), calls_in_flight=1)
+        given = await bank([teacher], FakeBoard(40), calls_in_flight=1)
         await given.poll(1, 40, 0, 40)
         assert await failed(given, 3 * ERRORS_TO_FAIL) is None
 
@@ -604,7 +689,7 @@ def test_dead_teachers_are_never_fatal():
 def test_a_rewound_bank_drops_the_future_and_makes_it_again():
     async def test():
         teacher, board = FakeTeacher(), FakeBoard(40, 50)
-        given = bank([teacher], board)
+        given = await bank([teacher], board)
         await given.poll(1, 40, 0, 55)
 
         async def all_of(version):
@@ -622,8 +707,28 @@ def test_a_rewound_bank_drops_the_future_and_makes_it_again():
     run(test)
 
 
+def test_what_the_board_said_before_a_rewind_labels_nothing():
+    async def test():
+        teacher, board = FakeTeacher(), FakeBoard(40, 50)
+        given = await bank([teacher], board)
+        board.newest_version = Remote(lambda: soon(board.board.newest_version(), after=0.03))  # known now, heard later
+        await given.poll(1, 40, 0, 55)
+        await asyncio.sleep(0.01)
+        board.board.rewind(45)
+        await given.rewind(45)
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        assert {entry.version for entry in given.book.entries.values()} == {40}
+        await close(given)
+
+    run(test)
+
+
 def test_a_bank_that_has_not_begun_can_be_rewound():
-    asyncio.run(bank([], FakeBoard()).rewind(10))
+    asyncio.run(unhired(FakeBoard()).rewind(10))
 
 
 def test_a_round_that_cannot_be_reopened_is_made_anew(monkeypatch):
@@ -637,7 +742,7 @@ def test_a_round_that_cannot_be_reopened_is_made_anew(monkeypatch):
     monkeypatch.setattr(ray, "remote", lambda **_: lambda function: Reading())
 
     async def test():
-        given = bank([FakeTeacher()], FakeBoard(40), refresh="once")
+        given = await bank([FakeTeacher()], FakeBoard(40), refresh="once")
         with pytest.raises(ray.exceptions.RayTaskError):
             await given.reopen(1, 40, "labels/gone.parquet")
         await given.poll(1, 40, 0, 45)
@@ -656,7 +761,7 @@ def test_a_board_that_does_not_answer_is_asked_again():
     async def test():
         teacher, board = FakeTeacher(), FakeBoard(40)
         board.newest_version = Remote(lambda: soon(error=ray.exceptions.RayError()))
-        given = bank([teacher], board)
+        given = await bank([teacher], board)
         await given.poll(1, 40, 0, 40)
         await asyncio.sleep(0.1)
         assert teacher.calls == []
@@ -673,7 +778,7 @@ def test_a_board_that_does_not_answer_is_asked_again():
 
 def test_a_lost_block_is_made_again_by_the_teachers():
     async def test():
-        given = bank([FakeTeacher()], FakeBoard(40), refresh="once")
+        given = await bank([FakeTeacher()], FakeBoard(40), refresh="once")
         await given.poll(1, 40, 0, 40)
 
         async def complete():
@@ -692,7 +797,8 @@ def test_a_lost_block_is_made_again_by_the_teachers():
 
 def test_a_later_stage_starts_with_an_empty_book_and_an_earlier_one_does_not_come_back():
     async def test():
-        given = LabelBank({1: label_plan(), 2: label_plan()}, 8, {1: 2, 2: 4}, [FakeTeacher()], FakeBoard(40))
+        given = LabelBank({1: label_plan(), 2: label_plan()}, 8, {1: 2, 2: 4}, FakeBoard(40))
+        await given.status([FakeTeacher()])
         await given.poll(1, 40, 0, 40)
         await given.poll(2, 80, 0, 80)
         assert len(given.book.ranges) == 2

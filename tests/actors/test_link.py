@@ -44,9 +44,10 @@ def test_a_sentence_from_another_process_is_told_without_its_traceback(log, monk
     assert run(log, monkeypatch, error) == "broken"
 
 
-def test_a_defect_in_another_process_is_told_too(log, monkeypatch):
-    error = ray.exceptions.RayTaskError("poll", "Traceback\n  much\nKeyError: 3", KeyError(3))
-    assert "KeyError: 3" in run(log, monkeypatch, error)
+@pytest.mark.parametrize(("cause", "told"), [(KeyError(3), "KeyError: 3"), (AssertionError(), "AssertionError")])
+def test_a_defect_in_another_process_is_told_too(log, monkeypatch, cause, told):
+    error = ray.exceptions.RayTaskError("poll", f"Traceback\n  much\n{told}", cause)
+    assert told in run(log, monkeypatch, error)
 
 
 def test_a_dead_process_is_left_to_ray_train(log, monkeypatch):

@@ -1,5 +1,4 @@
 import copy
-import threading
 
 import numpy as np
 import pytest
@@ -188,8 +187,8 @@ def board_handle(board):
 def test_published_weights_are_those_of_the_moment_of_the_call():
     board, network = WeightBoard(), student()
     before = network.conv.weight.detach().numpy().copy()
-    publisher = Publisher(board_handle(board), None, None)
-    publisher.publish(4, network, pin=True, score=False)
+    publisher = Publisher(board_handle(board), None)
+    publisher.publish(4, network, pin=True)
     moved(network, 1.0)
     publisher.flush()
     (weights,) = board.take(4)
@@ -201,12 +200,12 @@ def test_published_weights_are_those_of_the_moment_of_the_call():
 @pytest.mark.usefixtures("no_cluster")
 def test_a_dead_board_costs_a_version_and_not_the_student():
     board, network = WeightBoard(), student()
-    publisher = Publisher(Handle(publish=dead), None, None)
-    publisher.publish(1, network, pin=False, score=False)
-    publisher.publish(2, network, pin=False, score=False)
+    publisher = Publisher(Handle(publish=dead), None)
+    publisher.publish(1, network, pin=False)
+    publisher.publish(2, network, pin=False)
     publisher.flush()
     publisher.board = board_handle(board)
-    publisher.publish(3, network, pin=False, score=False)
+    publisher.publish(3, network, pin=False)
     publisher.flush()
     assert publisher.failures == 2
     assert board.newest_version() == 3
@@ -217,34 +216,16 @@ def test_a_defect_while_publishing_is_not_taken_for_a_dead_board():
     def defect(*_):
         raise KeyError("weights")
 
-    publisher = Publisher(Handle(publish=defect), None, None)
-    publisher.publish(1, student(), pin=False, score=False)
+    publisher = Publisher(Handle(publish=defect), None)
+    publisher.publish(1, student(), pin=False)
     with pytest.raises(KeyError):
         publisher.flush()
-
-
-@pytest.mark.usefixtures("no_cluster")
-def test_an_evaluator_that_is_still_busy_is_not_given_more(monkeypatch):
-    scored, done = [], threading.Event()
-    evaluator = Handle()
-    evaluator.score = Remote(lambda version, reference: scored.append(version))
-    monkeypatch.setattr(ray, "wait", lambda calls, timeout: (calls if done.is_set() else [], []))
-    publisher = Publisher(board_handle(WeightBoard()), None, evaluator)
-    publisher._scoring = "the last one"
-    for version in (1, 2, 3):
-        if version == 3:
-            publisher.flush()
-            done.set()
-        publisher.publish(version, student(), pin=False, score=version != 1)
-    publisher.flush()
-    assert scored == [3]
-    assert publisher.skipped_scores == 1
 
 
 @pytest.mark.usefixtures("no_cluster")
 def test_board_and_bank_hear_that_the_student_came_back_at_an_earlier_step():
     heard = []
     board, bank = (Handle(rewind=lambda step, name=name: heard.append((name, step))) for name in ("board", "bank"))
-    Publisher(board, bank, None).rewind(7)
-    Publisher(board, None, None).rewind(8)
+    Publisher(board, bank).rewind(7)
+    Publisher(board, None).rewind(8)
     assert heard == [("board", 7), ("bank", 7), ("board", 8)]

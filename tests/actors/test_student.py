@@ -244,13 +244,13 @@ def test_a_later_stage_can_start_from_the_published_weights(tmp_path):
     second = stage(name="two", steps=1, starts_from="teacher", objective=Watching)
     link = FakeLink()
     student(run_plan(tmp_path, [first, second]), link).run()
-    published = next(weights for version, _, _, weights in link.publisher.published if version == 3)
+    published = next(weights for version, _, weights in link.publisher.published if version == 3)
     torch.testing.assert_close(starts[0], published["conv.weight"])
 
 
 def test_weights_are_published_at_the_start_in_between_and_at_the_end(tmp_path):
     link = FakeLink()
-    plan = run_plan(tmp_path, [stage(steps=5), stage(name="next", steps=2)], publish_every=2, evaluate_every=4)
+    plan = run_plan(tmp_path, [stage(steps=5), stage(name="next", steps=2)], publish_every=2)
     student(plan, link).run()
     assert [(version, pin) for version, pin, *_ in link.publisher.published] == [
         (0, True),
@@ -260,7 +260,6 @@ def test_weights_are_published_at_the_start_in_between_and_at_the_end(tmp_path):
         (6, False),
         (7, False),
     ]
-    assert [version for version, _, score, _ in link.publisher.published if score] == [4]
 
 
 class Dark:
@@ -279,7 +278,7 @@ def test_target_statistics_are_those_of_images_as_a_teacher_sees_them(tmp_path):
     made.run()
     batches = streams["target"].batches(0, 2, 4, 0, 1)
     maps = [made.network.conv(plain(batch.images, (), None)[0]).mean((0, 2, 3)) for batch in batches]
-    torch.testing.assert_close(link.publisher.published[-1][3]["norm.running_mean"], torch.stack(maps).mean(0))
+    torch.testing.assert_close(link.publisher.published[-1][2]["norm.running_mean"], torch.stack(maps).mean(0))
 
 
 def test_an_average_goes_on_over_stages(tmp_path):
@@ -288,7 +287,7 @@ def test_an_average_goes_on_over_stages(tmp_path):
     made = student(run_plan(tmp_path, stages), link)
     first = made.network.conv.weight.detach().clone()
     made.run()
-    published = {version: weights["conv.weight"] for version, _, _, weights in link.publisher.published}
+    published = {version: weights["conv.weight"] for version, _, weights in link.publisher.published}
     expected = 0.9 * published[3] + 0.1 * made.network.conv.weight.detach()
     torch.testing.assert_close(published[4], expected)
     assert (published[3] - first).norm() < (made.network.conv.weight - first).norm()
@@ -370,9 +369,17 @@ def test_exactly_one_percent_is_still_borne(tmp_path):
     assert len(student(run_plan(tmp_path, [stage(steps=3, streams=streams)])).run()["skipped"]) == 5
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tmp_path):
-    plan = run_plan(tmp_path, [stage(steps=4, objective=lambda context: TinyObjective(context, scale=float("nan")))])
-    with pytest.raises(RunError, match=r"no finite number any more at step 2 .*loss/source"):
+@pytest.mark.parametrize(("healthy", "noticed"), [(0, 1), (1, 2), (2, 4)])
+def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tmp_path, healthy, noticed):
+    """At the next line of metrics: only there the loss is looked at."""
+
+    class Breaking(TinyObjective):
+        def losses(self, network, batch, info):
+            self.scale = 1.0 if info.stage_step < healthy else float("nan")
+            return super().losses(network, batch, info)
+
+    plan = run_plan(tmp_path, [stage(steps=4, objective=Breaking)])
+    with pytest.raises(RunError, match=rf"no finite number any more at step {noticed} .*loss/source"):
         student(plan).run()
 
 
@@ -405,23 +412,34 @@ def test_metrics_are_means_since_the_last_line(tmp_path):
     seen, link = [], FakeLink()
     student(run_plan(tmp_path, [stage(seen, steps=5)], log_every=2), link).run()
     lines = [(step, numbers) for kind, step, numbers in link.lines if kind == "train"]
-    assert [step for step, _ in lines] == [2, 4, 5]
-    for (step, numbers), part in zip(lines, (seen[:2], seen[2:4], seen[4:]), strict=True):
+    assert [step for step, _ in lines] == [1, 2, 4, 5]
+    for (step, numbers), part in zip(lines, (seen[:1], seen[1:2], seen[2:4], seen[4:]), strict=True):
         for name in ("loss/source", "loss/critic"):
             assert numbers[name] == pytest.approx(np.mean([terms[name] for terms in losses(part)]), rel=1e-5)
         assert numbers["loss"] == pytest.approx(numbers["loss/source"] + numbers["loss/critic"], rel=1e-5)
         assert numbers["learning_rate"] == pytest.approx(rate(step - 1))
 
 
-def test_every_rank_reports_at_the_same_steps(tmp_path):
-    reports = []
+def test_every_rank_reports_where_a_stage_ends_and_not_at_every_checkpoint(tmp_path, monkeypatch):
+    """A report is a barrier."""
+    saved, reports = [], []
+    monkeypatch.setattr(CheckpointStore, "save_later", lambda store, step, *_: saved.append(step))
     for rank in (0, 1):
         link = FakeLink()
         student(
             run_plan(tmp_path / str(rank), [stage(steps=4), stage(name="b", steps=2)], checkpoint_every=2), link, rank
         ).run()
         reports.append([(r["step"], r["stage"]) for r in link.reports])
-    assert reports[0] == reports[1] == [(2, 0), (4, 1), (6, 1)]
+    assert reports[0] == reports[1] == [(4, 1), (6, 1)]
+    assert saved == [2, 4, 6]
+
+
+def test_a_stopped_student_reports(tmp_path, monkeypatch):
+    always_look(monkeypatch)
+    seen, link = [], FakeLink()
+    link.stop_after = stop_when(seen, 3)
+    student(run_plan(tmp_path, [stage(seen, steps=6)]), link).run()
+    assert [r["step"] for r in link.reports] == [3]
 
 
 def test_the_optimiser_is_built_anew_for_every_stage(tmp_path):

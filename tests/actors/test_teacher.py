@@ -1,11 +1,16 @@
+import os
+
 import numpy as np
 import pytest
+import ray
 import torch
 from fakes import SHAPE, FakeRule, TinyNetwork, label_plan
 
+from actors import teacher
 from actors.errors import UnreadableImage
+from actors.evaluator import Evaluator
 from actors.records import decode
-from actors.teacher import Labeller, label_seed, load_weights
+from actors.teacher import YIELDING, Labeller, Teacher, label_seed, load_weights
 
 
 class Reader:
@@ -104,3 +109,28 @@ def test_a_new_version_replaces_the_weights():
     assert made.version == 8
     torch.testing.assert_close(made.network.conv.weight, other.conv.weight, check_stride=False)
     assert FakeRule().layout == made.plans[1].rule.layout
+
+
+def hire_teacher():
+    Teacher(TinyNetwork, Reader(), {1: label_plan()}, 0, board=None)
+
+
+def hire_evaluator():
+    Evaluator(lambda device: device, target=None, board=None, run_log=None)
+
+
+@pytest.mark.parametrize("hire", [hire_teacher, hire_evaluator])
+@pytest.mark.parametrize(
+    ("cuda", "granted", "nice"),
+    [(False, [], [YIELDING]), (True, [], [YIELDING]), (True, [0], [])],
+    ids=["no GPU", "a GPU of others", "a GPU"],
+)
+def test_only_those_who_share_cores_with_a_student_yield_to_it(monkeypatch, hire, cuda, granted, nice):
+    niced = []
+    monkeypatch.setattr(os, "nice", niced.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: granted)
+    monkeypatch.setattr(teacher, "Labeller", lambda *arguments: arguments)  # nothing moves to a GPU
+    hire()
+    assert niced == nice
+    assert YIELDING > 0

@@ -3,10 +3,14 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, UnreadableImage
+from actors.student import Student
 from pipelines.adapt import Interrupt, Run, _readable, stop_on_interrupt
+from pipelines.cluster import Shares
+from tests.actors.fakes import FakeLink, label_plan, run_plan, stage
 
 
 def test_the_second_interrupt_aborts():
@@ -78,20 +82,48 @@ class Actor:
 
 
 def status(**more):
-    quiet = {"teacher_failures": 0, "blocks_collapsed": 0, "labels_made": 0, "class_shares": [], "fatal": None}
+    quiet = {"teacher_failures": 0, "versions_blocked": 0, "labels_made": 0, "class_shares": [], "fatal": None}
     return {**quiet, **more}
 
 
 @pytest.fixture
-def watched(tmp_path, monkeypatch):
-    """A run without a cluster, and what it tells."""
+def started(monkeypatch):
+    """The classes of all actors that a run started, with their arguments and options."""
+    made = []
+
+    class Blueprint:
+        def __init__(self, kind):
+            self.kind, self.chosen = kind, {}
+
+        def options(self, **chosen):
+            self.chosen = chosen
+            return self
+
+        def remote(self, *arguments, **named):
+            made.append((self.kind.__name__, arguments, self.chosen))
+            return Actor(score_newest="under way")
+
+    monkeypatch.setattr(ray, "remote", Blueprint)
+    return made
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch, started):
+    """A run of two teachers without a cluster, and what it tells."""
     monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
-    run = object.__new__(Run)
-    run.seen_messages, run.step, run.teacher_status, run.seconds, run.told = 0, 0, {}, {}, []
-    run.setup = SimpleNamespace(plan=SimpleNamespace(folder=str(tmp_path), total_steps=10))
-    run.watch = lambda kind, what: run.told.append((kind, what))
+    setup = SimpleNamespace(
+        plan=SimpleNamespace(folder=str(tmp_path), total_steps=10, evaluate_every=0, network=None, seed=0),
+        options=SimpleNamespace(teachers=2, threads=1),
+        labels={},
+        make_scorer=lambda: None,
+        target_reader=None,
+        domains=SimpleNamespace(target=range(8)),
+    )
+    run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {})
+    run.told = []
     run.run_log = Actor(watch={"newest": {"train": {"step": 7}}, "messages": ["hello"], "failure": None})
     run.bank = Actor(status=status())
+    started.clear()
     return run
 
 
@@ -128,6 +160,109 @@ def test_labels_are_recorded_at_the_students_step(watched):
     watched.bank.answers["status"] = status(labels_made=8)
     watched._look()
     assert watched.run_log.told[-1][:3] == ("write", "teachers", 7)
+
+
+def names(started):
+    return [name for name, *_ in started]
+
+
+def test_teachers_and_evaluator_wait_for_the_first_line_of_the_students(watched, started):
+    """They would take cores from the students' own start, and have nothing to do yet."""
+    seen = watched.run_log.answers["watch"]
+    for newest in ({}, {"student": {"rank": 0, "step": 0}}):
+        seen["newest"] = newest
+        watched._look()
+        assert started == []
+    seen["newest"] = {"train": {"step": 1}}
+    for _ in range(3):
+        watched._look()
+        assert names(started) == ["Teacher", "Teacher", "Evaluator"]
+    assert all(chosen["max_restarts"] == -1 for *_, chosen in started)
+    assert [chosen["num_cpus"] for *_, chosen in started] == [0.5, 0.5, 0.1]
+
+
+def test_students_that_resume_before_a_complete_round_find_teachers(watched, started, tmp_path):
+    """They wait for the labels before their first step, and so before their first line."""
+    view = SimpleNamespace(wait_for_round=lambda *_: False, ages={}, hits=0, misses=0)
+    stages = [stage(steps=2), stage(name="second", steps=2, labels=label_plan("once"))]
+    watched.setup.plan = plan = run_plan(tmp_path, stages)
+    watched.setup.labels = {1: stages[1].labels}
+    for _ in ("begun", "resumed"):
+        link = FakeLink(views={1: lambda *_: view})
+        link.write("student", 0, {"rank": 0})
+        assert Student(plan, link, 0, 1, torch.device("cpu")).run()["stopped"]
+    watched.run_log.answers["watch"]["newest"] = {kind: {"step": step, **line} for kind, step, line in link.lines}
+    watched._reopen_round()
+    watched._look()
+    assert "Teacher" in names(started)
+
+
+def test_without_labels_there_are_no_teachers(watched, started):
+    watched.bank = None
+    watched._look()
+    assert names(started) == ["Evaluator"]
+    assert watched.told[-1][0] == "progress"
+
+
+def test_the_bank_hears_at_every_look_whom_it_may_call(watched):
+    """A bank that was restarted has forgotten it."""
+    for _ in range(3):
+        watched._look()
+    assert len(watched.teachers) == 2
+    assert watched.bank.told == [("status", []), ("status", watched.teachers), ("status", watched.teachers)]
+    restarted = Actor(status=status())
+    watched.bank = restarted
+    watched._look()
+    assert restarted.told == [("status", watched.teachers)]
+
+
+def test_a_bank_that_has_not_begun_says_nothing(watched):
+    watched.bank.answers["status"] = {}
+    watched._look()
+    assert watched.run_log.told == [("watch", 0)]
+    assert watched.told[-1] == ("progress", {"train": {"step": 7}, "teachers": {}})
+
+
+def test_failed_calls_and_collapsed_weights_are_told_once(watched):
+    for more in ({}, {"teacher_failures": 2}, {"teacher_failures": 2, "versions_blocked": 1}) * 2:
+        watched.bank.answers["status"] = {**status(**watched.teacher_status), **more}
+        watched._look()
+    said = [text for name, *text in watched.run_log.told if name == "say"]
+    assert [text[0].split(":")[0] for text in said] == [
+        "2 label calls failed with their teacher; they are made again",
+        "the classes of new labels collapsed",
+    ]
+
+
+def looks(watched, monkeypatch, every, steps, busy=()):
+    """Steps at which the newest weights were given to the evaluator."""
+    watched.setup.plan.evaluate_every, at = every, []
+    monkeypatch.setattr(ray, "wait", lambda calls, timeout: ([], calls) if watched.step in busy else (calls, []))
+    for step in steps:
+        watched.run_log.answers["watch"]["newest"] = {"train": {"step": step}}
+        before = 0 if watched.evaluator is None else len(watched.evaluator.told)
+        watched._look()
+        told = watched.evaluator.told[before:]
+        assert told in ([], [("score_newest",)])
+        at += [step] * len(told)
+    return at
+
+
+def test_the_newest_weights_are_scored_every_so_many_steps(watched, monkeypatch):
+    assert looks(watched, monkeypatch, 3, [1, 2, 3, 3, 4, 5, 7, 7, 8, 9]) == [3, 7, 9]
+
+
+def test_the_last_step_is_left_to_the_table(watched, monkeypatch):
+    assert looks(watched, monkeypatch, 5, [4, 5, 9, 10, 10]) == [5]
+
+
+def test_nothing_is_scored_in_between_unless_asked_for(watched, monkeypatch):
+    assert looks(watched, monkeypatch, 0, range(1, 10)) == []
+
+
+def test_an_evaluator_that_is_still_busy_is_not_given_more(watched, monkeypatch):
+    watched.scoring = "the last one"
+    assert looks(watched, monkeypatch, 2, [2, 3, 4, 6, 7], busy=(2, 3, 6)) == [4, 7]
 
 
 @pytest.mark.parametrize("saved", [None, 8])

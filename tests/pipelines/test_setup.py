@@ -1,5 +1,11 @@
 """A run is resolved, or refused, before any process is started."""
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from actors.errors import RunError
@@ -40,3 +46,35 @@ def test_several_blocks_fall_to_every_teacher(tiny_folder):
     setup = resolve(options(tiny_folder, teachers=2))
     (rows,) = setup.label_rows().values()
     assert len(setup.domains.target) // rows >= 8
+
+
+UNPICKLE = """
+import pickle, sys
+import numpy as np
+plan, expected = pickle.load(sys.stdin.buffer)
+histogram = np.arange(plan.rule.num_classes * 256).reshape(-1, 256)
+assert (plan.selection is None) == (expected is None)
+if expected is not None:
+    assert plan.selection.thresholds(histogram).tolist() == expected
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_the_banks_part_of_a_label_plan_needs_no_torch(tiny_folder, faithful):
+    """An actor unpickles its arguments before anything else, and torch costs it seconds."""
+    (plan,) = resolve(options(tiny_folder, recipe="eplc", faithful=faithful)).labels.values()
+    light, expected = plan.for_bank(), None
+    if light.selection is not None:
+        histogram = np.arange(plan.rule.num_classes * 256).reshape(-1, 256)
+        expected = light.selection.thresholds(histogram).tolist()
+    done = subprocess.run(
+        [sys.executable, "-c", UNPICKLE],
+        input=pickle.dumps((light, expected)),
+        cwd=Path(__file__).parent.parent.parent,
+        capture_output=True,
+        check=True,
+    )
+    loaded = done.stdout.decode().split()
+    assert "torch" not in loaded
+    assert {"actors", "numpy"} <= set(loaded)

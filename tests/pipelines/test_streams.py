@@ -1,10 +1,14 @@
 import os
+import queue
 import stat
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -13,7 +17,16 @@ from actors.errors import RunError, UnreadableImage
 from pipelines import streams
 from pipelines.datasets.dataset import DataError, read_image, read_label
 from pipelines.decode_cache import DecodeCache
-from pipelines.streams import SPARES, SampleFile, SampleOrder, SampleStream, SplitReader, rank_positions, read_block
+from pipelines.streams import (
+    SPARES,
+    SampleFile,
+    SampleOrder,
+    SampleStream,
+    SegmentReader,
+    SplitReader,
+    rank_positions,
+    read_block,
+)
 from pipelines.views import Whole
 
 SIZE = (32, 18)
@@ -187,6 +200,154 @@ def test_skipped_files_of_a_batch_are_listed(tiny, tmp_path):
     batch = streams._collate(read_block(files, SIZE, None, NO_CACHE), SIZE)
     assert batch.labels is None
     assert [Path(p).name for p in batch.skipped] == ["rubbish.png"]
+
+
+class Reader:
+    """A handle of a segment reader that decodes at once; remembers the segments that it was asked for."""
+
+    def __init__(self, tamper=lambda tables: tables):
+        self.segments, self.tamper = [], tamper
+        self.read = self
+
+    def options(self, **_):
+        return self
+
+    def remote(self, stream, blocks):
+        self.segments.append([file.position for block in blocks for file in block if not file.spare])
+        encoding = stream.split.label_encoding
+        return self.tamper(read_block(block, stream.size, encoding, stream.cache) for block in blocks)
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    made = Reader()
+    monkeypatch.setattr(
+        ray, "remote", lambda kind: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: made))
+    )
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    return made
+
+
+def in_time(work, seconds=20.0):
+    """What some work returns or raises; a hanging one fails instead of holding up the tests."""
+    box = queue.Queue()
+
+    def target():
+        try:
+            box.put((work(), None))
+        except BaseException as error:
+            box.put((None, error))
+
+    threading.Thread(target=target, daemon=True).start()
+    try:
+        value, error = box.get(timeout=seconds)
+    except queue.Empty:
+        pytest.fail("it hangs")
+    if error is not None:
+        raise error
+    return value
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
+@pytest.mark.parametrize("split", ["source", "target"])
+def test_segments_play_as_one_sequence(tiny, reader, split, rank, world):
+    """Two blocks of up to two batches to a segment: seven batches are two segments, the second one shorter."""
+    data = getattr(tiny, split)
+    stream = sample_stream(data, block_rows=5, segment_blocks=2)
+    found = in_time(lambda: list(stream.batches(6, 7, 2 * world, rank, world)))
+    positions = rank_positions(6, 7, 2 * world, rank, world)
+    assert [batch.positions.tolist() for batch in found] == positions.tolist()
+    assert reader.segments == [positions[:4].reshape(-1).tolist(), positions[4:].reshape(-1).tolist()]
+    for batch, at in zip(found, positions, strict=True):
+        expected = streams._collate(
+            read_block(stream._files(at), SIZE, data.label_encoding if data.labelled else None, NO_CACHE), SIZE
+        )
+        assert batch.indices.tolist() == expected.indices.tolist() == stream.indices(at).tolist()
+        np.testing.assert_array_equal(batch.images.numpy(), expected.images.numpy())
+        assert (batch.labels is None) == (expected.labels is None) == (not data.labelled)
+        if data.labelled:
+            np.testing.assert_array_equal(batch.labels.numpy(), expected.labels.numpy())
+
+
+def test_the_next_segment_opens_in_the_middle_of_this_one(tiny, reader):
+    batches = sample_stream(tiny.target, block_rows=4, segment_blocks=2).batches(0, 12, 2, 0, 1)
+    asked = []
+    for _ in range(12):
+        in_time(lambda: next(batches))
+        asked.append(len(batches.open) + batches.current)
+    assert asked == [1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_no_steps_need_no_reader(tiny, reader):
+    assert list(sample_stream(tiny.target).batches(0, 0, 2, 0, 1)) == []
+    assert reader.segments == []
+
+
+@pytest.mark.parametrize("whole", [0, 1, 3])
+def test_a_segment_that_ends_early_raises_instead_of_hanging(tiny, reader, whole):
+    reader.tamper = lambda tables: (table for table, _ in zip(tables, range(whole), strict=False))
+    batches = sample_stream(tiny.target, block_rows=2, segment_blocks=4).batches(0, 4, 2, 0, 1)
+    assert [in_time(lambda: next(batches)).positions.tolist() for _ in range(whole)] == [
+        [2 * step, 2 * step + 1] for step in range(whole)
+    ]
+    with pytest.raises(RuntimeError, match="ended before its last batch"):
+        in_time(lambda: next(batches))
+
+
+@pytest.mark.parametrize("error", [RunError("more than 4 images cannot be read"), ray.exceptions.RayActorError()])
+def test_what_goes_wrong_while_reading_is_raised_at_the_student(tiny, reader, error):
+    def tamper(tables):
+        yield next(tables)
+        raise error
+
+    reader.tamper = tamper
+    batches = sample_stream(tiny.target, block_rows=2).batches(0, 4, 2, 0, 1)
+    assert in_time(lambda: next(batches)).positions.tolist() == [0, 1]
+    with pytest.raises(type(error)):
+        in_time(lambda: next(batches))
+
+
+def test_a_student_that_is_slow_holds_the_reader_back(tiny, reader):
+    """Or a segment of large images would fill the memory."""
+    taken = []
+
+    def tamper(tables):
+        for table in tables:
+            taken.append(table)
+            yield table
+
+    reader.tamper = tamper
+    batches = sample_stream(tiny.target, block_rows=2, segment_blocks=64).batches(0, 40, 2, 0, 1)
+    in_time(lambda: next(batches))
+    threading.Event().wait(0.3)
+    assert len(taken) <= streams.QUEUE_BATCHES + 2
+
+
+def test_a_reader_is_sent_the_files_of_a_segment_and_not_the_list_of_all(tiny, reader):
+    sent = []
+    read = reader.remote
+    reader.remote = lambda stream, blocks: sent.append(stream) or read(stream, blocks)
+    in_time(lambda: list(sample_stream(tiny.source).batches(0, 2, 2, 0, 1)))
+    assert [len(stream.split) for stream in sent] == [0]
+    assert sent[0].split.label_encoding == tiny.source.label_encoding
+
+
+def test_a_segment_is_read_in_blocks_without_their_spares(tiny):
+    asked = []
+
+    class Dataset:
+        def iter_batches(self, **how):
+            asked.append(how)
+            yield from ("first", "second")
+
+    stream = sample_stream(tiny.target)
+    blocks = stream.blocks(np.arange(6), 3)
+    given = SimpleNamespace(dataset=lambda made: asked.append(made) or Dataset())
+    assert list(SegmentReader().read(given, blocks)) == ["first", "second"]
+    assert asked[0] is blocks
+    assert (asked[1]["batch_size"], asked[1]["batch_format"]) == (3, "pyarrow")
 
 
 def test_blocks_hold_about_eight_megabytes(tiny):

@@ -16,8 +16,14 @@ from actors.errors import RunError
 pytestmark = pytest.mark.slow
 
 STEPS = 200
-IN_SELF_TRAINING = 120
+IN_SELF_TRAINING = 110
 """The second half of the steps is self-training; labels are read from its beginning on."""
+
+
+def long_run(folder, data):
+    run = start_run(folder, data, steps=STEPS, refresh="continuous")
+    run.setup = dataclasses.replace(run.setup, plan=dataclasses.replace(run.setup.plan, checkpoint_every=0))
+    return run
 
 
 def lines(folder, kind):
@@ -45,7 +51,7 @@ def test_a_teacher_killed_in_the_middle_is_noticed_and_replaced_and_the_run_ends
         seen["labels"] = labels_made(run)
         os.kill(seen["pid"], signal.SIGKILL)
 
-    run = start_run(tmp_path, tiny_folder, steps=STEPS, refresh="continuous")
+    run = long_run(tmp_path, tiny_folder)
     results = table(run.go(at_step=IN_SELF_TRAINING, do=kill))
     assert results["teachers"]["teacher_failures"] >= 1
     assert any("failed with their teacher" in text for text in run.messages)
@@ -59,7 +65,7 @@ def test_labels_that_died_with_their_bank_are_made_again_and_the_run_ends(local_
     def kill(run):
         local_ray.kill(run.run.bank, no_restart=False)
 
-    run = start_run(tmp_path, tiny_folder, steps=STEPS, refresh="continuous")
+    run = long_run(tmp_path, tiny_folder)
     results = table(run.go(at_step=IN_SELF_TRAINING, do=kill))
     made = [(line["step"], line["labels_made"]) for line in lines(tmp_path / "run", "teachers")]
     counts = [count for _, count in made]

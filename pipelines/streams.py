@@ -329,8 +329,8 @@ class SegmentReader:
         rows = sum(not file.spare for file in blocks[0])
         batches = stream.dataset(blocks).iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1)
         # Drained at once: an execution that waits for its consumer burns a sixth of a core in its scheduling loop.
-        for table in list(batches):
-            yield table  # noqa: UP028 - Ray sends into the generator, which a delegate to a list cannot take
+        for table in list(batches):  # noqa: UP028 - Ray sends into the generator; a list it delegates to cannot take it
+            yield table
 
 
 class _Segments(Iterator[RawBatch]):

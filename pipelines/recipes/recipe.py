@@ -220,8 +220,8 @@ def _mini(benchmark: Benchmark) -> Preset:
         network=DeepLabConfig.small(len(benchmark.classes.names)),
         discriminator_width=4,
         stages=(
-            StageSchedule(steps=150, horizon=1100, warmup=20, learning_rate=0.02, **common),
-            StageSchedule(steps=750, horizon=850, warmup=20, learning_rate=0.02, **common),
+            StageSchedule(steps=150, horizon=900, warmup=20, learning_rate=0.02, **common),
+            StageSchedule(steps=550, horizon=620, warmup=20, learning_rate=0.02, **common),
         ),
         label_size=target,
         label_views=(_scaled(target, 0.8), target),

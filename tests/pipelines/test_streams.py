@@ -15,18 +15,10 @@ from PIL import Image
 
 from actors.errors import RunError, UnreadableImage
 from pipelines import streams
+from pipelines.blocks import SPARES, ReadPlan, SampleFile, SegmentReader, read_block
 from pipelines.datasets.dataset import DataError, read_image, read_label
 from pipelines.decode_cache import DecodeCache
-from pipelines.streams import (
-    SPARES,
-    SampleFile,
-    SampleOrder,
-    SampleStream,
-    SegmentReader,
-    SplitReader,
-    rank_positions,
-    read_block,
-)
+from pipelines.streams import SampleOrder, SampleStream, SplitReader, rank_positions
 from pipelines.views import Whole
 
 SIZE = (32, 18)
@@ -212,10 +204,9 @@ class Reader:
     def options(self, **_):
         return self
 
-    def remote(self, stream, blocks):
+    def remote(self, plan, blocks):
         self.segments.append([file.position for block in blocks for file in block if not file.spare])
-        encoding = stream.split.label_encoding
-        return self.tamper(read_block(block, stream.size, encoding, stream.cache) for block in blocks)
+        return self.tamper(read_block(block, plan.size, plan.encoding, plan.cache) for block in blocks)
 
 
 @pytest.fixture
@@ -328,10 +319,9 @@ def test_a_student_that_is_slow_holds_the_reader_back(tiny, reader):
 def test_a_reader_is_sent_the_files_of_a_segment_and_not_the_list_of_all(tiny, reader):
     sent = []
     read = reader.remote
-    reader.remote = lambda stream, blocks: sent.append(stream) or read(stream, blocks)
+    reader.remote = lambda plan, blocks: sent.append(plan) or read(plan, blocks)
     in_time(lambda: list(sample_stream(tiny.source).batches(0, 2, 2, 0, 1)))
-    assert [len(stream.split) for stream in sent] == [0]
-    assert sent[0].split.label_encoding == tiny.source.label_encoding
+    assert sent == [ReadPlan(SIZE, tiny.source.label_encoding, NO_CACHE, 0.25)]
 
 
 def test_a_segment_is_read_in_blocks_without_their_spares(tiny):

@@ -5,6 +5,8 @@ No torch here: read tasks and the reader start in half the time without it.
 
 from __future__ import annotations
 
+import queue
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,6 +185,20 @@ class SegmentReader:
         """The blocks of one segment, in order. Returned by value: they then belong to the student that asked."""
         rows = sum(not file.spare for file in blocks[0])
         batches = plan.dataset(blocks).iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1)
-        # Drained at once: an execution that waits for its consumer burns a sixth of a core in its scheduling loop.
-        for table in list(batches):  # noqa: UP028 - Ray sends into the generator; a list it delegates to cannot take it
-            yield table
+        # Drained as fast as it comes: an execution that waits for its consumer burns a sixth of a core in its
+        # scheduling loop. A segment is small enough to lie here until the student asks for it.
+        ready: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
+
+        def drain() -> None:
+            try:
+                for table in batches:
+                    ready.put(table)
+                ready.put(None)
+            except BaseException as error:  # raised where the student asks
+                ready.put(error)
+
+        threading.Thread(target=drain, name="drain", daemon=True).start()
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item

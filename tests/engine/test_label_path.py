@@ -31,7 +31,7 @@ def test_what_is_read_is_what_the_view_says_it_is(two_nodes):
 
 
 def test_the_object_store_holds_as_much_after_many_relabellings_as_after_few():
-    load = Load(nodes=1, images=512, step_seconds=0.01, refreshes=22, free_ms=100)
+    load = Load(nodes=1, images=512, step_seconds=0.01, refreshes=15, free_ms=100)
     found = measure(load)["store"]
     assert found["blocks_labelled_again"] >= 100
     held = found["student"]

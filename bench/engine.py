@@ -131,7 +131,9 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         setup = resolve(AdaptOptions(refresh="once", data=given.data, runs=folder, name="bench", references="never"))
-        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=600_000_000, log_to_driver=False)
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, object_store_memory=600_000_000, log_to_driver=False
+        )
         board = ray.remote(num_cpus=0)(WeightBoard).remote()
         teacher = ray.remote(num_cpus=0.5)(Teacher).remote(
             setup.plan.network, setup.target_reader, setup.labels, setup.plan.seed, board

@@ -47,6 +47,7 @@ def start(options: AdaptOptions) -> str | None:
         context = ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR)
         return str(context.dashboard_url)
     context = ray.init(
+        address="local",  # or Ray joins whatever cluster was started on this machine last
         num_cpus=max(4, 2 * (os.cpu_count() or 1)),
         include_dashboard=options.dashboard,
         dashboard_host="127.0.0.1",

@@ -41,6 +41,7 @@ def local_ray():
 
     folder = tempfile.mkdtemp(prefix="t")  # short: the paths of Ray's sockets are limited
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=200_000_000,

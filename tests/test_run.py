@@ -145,6 +145,8 @@ def test_the_commands_of_the_readme_parse():
         given = given[1:] if given[:1] == ["adapt"] else given
         if given[:1] == ["evaluate"]:
             tyro.cli(run.EvaluateOptions, args=given[1:])
+        elif "--help" in given:
+            assert called(given) == 0
         elif "--resume" in given:
             tyro.cli(run.ResumeOptions, args=given)
         else:

@@ -31,6 +31,7 @@ from actors.protocols import (
     StepInfo,
 )
 from actors.publisher import Publisher, TeachingNetwork
+from models.schedule import set_rate
 
 LOOK_AHEAD_BATCHES = 8
 """Batches ahead of the step for which the view starts to pull labels."""
@@ -211,8 +212,7 @@ class Student:
         info = StepInfo(stage_step, plan.steps, _step_seed(self.plan.seed, self.step, self.rank))
         batch = self._batch(stage)
         torch.manual_seed(info.seed)
-        for group in stage.optimiser.param_groups:
-            group["lr"] = plan.learning_rate(stage_step) * group["lr_scale"]
+        set_rate(stage.optimiser, plan.learning_rate(stage_step))
         stage.network.train()
         terms = stage.objective.losses(stage.network, batch, info)
         stage.optimiser.zero_grad(set_to_none=True)

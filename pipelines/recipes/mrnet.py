@@ -14,7 +14,7 @@ from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
 from models.losses import discriminator_loss, generator_loss, memory_regularisation
 from models.networks.deeplab import Logits, fused, upsample_logits
 from models.networks.discriminators import MultiScaleDiscriminator
-from models.schedule import poly
+from models.schedule import poly, set_rate
 from pipelines.recipes.optimisation import Rate, Sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
@@ -109,8 +109,7 @@ class AlignmentObjective:
             ).total
             for name, fake in self._fake.items()
         }
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.options.discriminator_rate * poly(info.stage_step, horizon=self.horizon)
+        set_rate(self.optimiser, self.options.discriminator_rate * poly(info.stage_step, horizon=self.horizon))
         self.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         self.context.average_gradients(list(self.discriminators.parameters()))

@@ -250,6 +250,7 @@ class StagePlan:
         statistics: ``running`` keeps the batch-norm statistics that training left behind (both domains mixed);
             ``target`` estimates them anew on recent target images before weights are published.
         dropout: channel dropout rate of the student in this stage; None leaves the network's own.
+        clip_norm: bound on the norm of the student's gradient; None for none.
         plain_view: how target images look without augmentation, for ``statistics="target"``.
     """
 
@@ -265,6 +266,7 @@ class StagePlan:
     ema_decay: float | None = None
     statistics: Literal["running", "target"] = "running"
     dropout: float | None = None
+    clip_norm: float | None = None
     plain_view: View | None = None
 
 

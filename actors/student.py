@@ -217,6 +217,8 @@ class Student:
         terms = stage.objective.losses(stage.network, batch, info)
         stage.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
+        if plan.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), plan.clip_norm)
         stage.optimiser.step()
         more = stage.objective.learn(info)
         stage.teaching.follow(self.network)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from actors.protocols import Labelled
 from actors.records import RecordLayout
+from models.losses import IGNORE
 from models.networks.deeplab import DeepLab
 from models.selection import confidence_histogram
 from models.uncertainty import UncertaintyRule, draw_masks, monte_carlo_labels, trunk_views
@@ -33,6 +34,7 @@ class MonteCarloRule:
         keep: ``mean``, ``min`` and ``std`` withhold pixels here, at the teacher. ``all`` keeps the winner everywhere
             and leaves the choice to a :class:`PercentileSelection` at reading.
         threshold, max_std: of the three fixed rules.
+        ignore_bottom: share of the label's height, from below, that is always withheld and never counted.
     """
 
     num_classes: int
@@ -43,6 +45,7 @@ class MonteCarloRule:
     keep: Literal["all", "mean", "min", "std"]
     threshold: float
     max_std: float
+    ignore_bottom: float = 0.0
 
     @property
     def layout(self) -> RecordLayout:
@@ -74,6 +77,8 @@ class MonteCarloRule:
         made = monte_carlo_labels(network, features, masks, (self.label_size[1], self.label_size[0]), rule)
         labels, winners = made.label.cpu().numpy(), made.argmax.cpu().numpy()
         confidences = made.quantised().cpu().numpy()
+        first = self.label_size[1] - round(self.ignore_bottom * self.label_size[1])
+        labels[:, first:], winners[:, first:] = IGNORE, IGNORE
         return [
             Labelled(
                 {"label": label, "confidence": confidence},

@@ -17,11 +17,11 @@ from actors.errors import RunError
 from actors.protocols import Batch, LabelPlan, ObjectiveContext, StagePlan, StepInfo
 from actors.staleness import StalenessPolicy
 from models.losses import IGNORE, rectified_terms
-from models.networks.deeplab import upsample_logits
+from models.networks.deeplab import Logits, upsample_logits
 from pipelines.choices import check_choices
 from pipelines.label_rules import MonteCarloRule
 from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
-from pipelines.recipes.optimisation import Rate, Sgd
+from pipelines.recipes.optimisation import Rate, sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
 from pipelines.selections import PercentileSelection
@@ -50,6 +50,10 @@ class EplcOptions:
     """Monte-Carlo dropout passes."""
     label_dropout: float = 0.1
     """Channel dropout rate of the labelling passes, whatever the training rate."""
+    ignore_bottom: float = 0.23
+    """Share of the image's height, from below, without pseudo labels. The camera's own bonnet is no class: whatever a
+    network takes it for spreads upwards over the road, round by round. The default is that of DAFormer (Hoyer et al.,
+    CVPR 2022; 120 of 512 rows); 0 as published here."""
     mixing: Literal["classes", "none"] = "classes"
     """classes: paste half of the classes of a source image onto each target image. none: target images alone."""
     source_weight: float = 1.0
@@ -79,7 +83,7 @@ class EplcOptions:
                 raise RunError(f"{name} is {getattr(self, name)}; it cannot be negative")
         if self.passes < 1:
             raise RunError(f"passes is {self.passes}; labelling needs at least one pass")
-        for name in ("label_dropout", "dropout"):
+        for name in ("label_dropout", "dropout", "ignore_bottom"):
             if not 0 <= getattr(self, name) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; give a rate in [0, 1)")
         if self.mixing == "classes" and self.source_weight == 0:
@@ -97,6 +101,7 @@ class EplcOptions:
             statistics="running",
             normalise_weights=False,
             colour=0.0,
+            ignore_bottom=0.0,
         )
 
 
@@ -118,15 +123,19 @@ class RectifiedObjective:
         images, labels = batch.target, batch.pseudo_label
         weights = batch.pseudo_weight[:, None, None].expand(labels.shape)
         terms: dict[str, Tensor] = {}
-        if batch.source is not None and batch.source_label is not None:
-            supervised = self.term(network, batch.source, batch.source_label, self.source_balance)
-            terms["loss/segmentation"] = self.options.source_weight * supervised
+        if batch.source is None or batch.source_label is None:
+            logits = network(images)
+        else:
             if self.options.mixing == "classes":
                 images, labels, pasted = class_mix(
                     batch.source, batch.source_label, images, labels, self.term.num_classes, info.seed
                 )
                 weights = weights.masked_fill(pasted, 1.0)
-        logits = upsample_logits(network(images), (labels.shape[-2], labels.shape[-1]))
+            # One pass: both are normalised by the same batch statistics, those the running ones record.
+            source, logits = _halves(network(torch.cat((batch.source, images))))
+            supervised = self.term.of_logits(source, batch.source_label, self.source_balance)
+            terms["loss/segmentation"] = self.options.source_weight * supervised
+        logits = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
         class_weights = self.target_balance(labels)
         if self.options.normalise_weights:
             class_weights = class_weights / _mean_weight(class_weights, labels)
@@ -148,6 +157,12 @@ class RectifiedObjective:
         """The inverse of :meth:`state_dict`."""
         self.source_balance.load_state_dict(state["source"])
         self.target_balance.load_state_dict(state["target"])
+
+
+def _halves(logits: Logits) -> tuple[Logits, Logits]:
+    """The first and the second half of a batch."""
+    (aux_one, aux_two), (main_one, main_two) = logits.aux.chunk(2), logits.main.chunk(2)
+    return Logits(aux_one, main_one), Logits(aux_two, main_two)
 
 
 def _mean_weight(class_weights: Tensor, labels: Tensor) -> Tensor:
@@ -178,6 +193,7 @@ def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> Stage
         keep="all" if options.selection == "percentile" else options.selection,
         threshold=options.threshold,
         max_std=options.max_std,
+        ignore_bottom=options.ignore_bottom,
     )
     return StagePlan(
         name="self-training",
@@ -185,7 +201,7 @@ def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> Stage
         batch=schedule.batch,
         streams=streams,
         objective=partial(RectifiedObjective, segmentation_term(ingredients), schedule.crop, options),
-        optimiser=Sgd(train_norm_affine=True),
+        optimiser=sgd(preset, train_norm_affine=True),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         labels=LabelPlan(
             rule=rule,
@@ -195,6 +211,7 @@ def self_training_stage(ingredients: Ingredients, options: EplcOptions) -> Stage
         ema_decay=preset.ema_decay if options.teacher == "average" else None,
         statistics=options.statistics,
         dropout=options.dropout,
+        clip_norm=preset.clip_norm,
         plain_view=Whole(),
     )
 

@@ -15,7 +15,7 @@ from models.losses import discriminator_loss, generator_loss, memory_regularisat
 from models.networks.deeplab import Logits, fused, upsample_logits
 from models.networks.discriminators import MultiScaleDiscriminator
 from models.schedule import poly, set_rate
-from pipelines.recipes.optimisation import Rate, Sgd
+from pipelines.recipes.optimisation import Rate, sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
 from pipelines.views import RandomCrop, Whole
@@ -154,11 +154,13 @@ def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePla
             preset.discriminator_width,
             schedule.horizon,
         ),
-        optimiser=Sgd(train_norm_affine=False),
+        # As published they stay frozen, which presumes a pretrained backbone.
+        optimiser=sgd(preset, train_norm_affine=not ingredients.faithful),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         ema_decay=None if ingredients.faithful else preset.ema_decay,
         statistics="running" if ingredients.faithful else "target",
         dropout=options.dropout,
+        clip_norm=preset.clip_norm,
         plain_view=Whole(),
     )
 

@@ -1,4 +1,4 @@
-"""The optimiser and the learning rate of the published runs (methods §2.6), as picklable factories."""
+"""Optimiser and learning rate (methods §2.6), as picklable factories."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from models.networks.deeplab import DeepLab, parameter_groups
 from models.schedule import warmup_poly
+from pipelines.recipes.recipe import Preset
 
 
 @dataclass(frozen=True)
@@ -20,19 +21,34 @@ class Sgd:
         train_norm_affine: whether the backbone's batch-norm affine parameters learn (stage II) or not (stage I).
         duplicates: ``published`` multiplies block and projection rates as the published runs did by accident,
             ``once`` does not.
+        head_multiplier: rate of the heads relative to the backbone's.
         momentum, weight_decay: of SGD.
     """
 
     train_norm_affine: bool
     duplicates: Literal["published", "once"] = "published"
+    head_multiplier: float = 10.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
     def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of a network; the student sets every group's rate before each step."""
         assert isinstance(network, DeepLab)
-        groups = parameter_groups(network, lr=1.0, duplicates=self.duplicates, train_norm_affine=self.train_norm_affine)
+        groups = parameter_groups(
+            network,
+            lr=1.0,
+            head_multiplier=self.head_multiplier,
+            duplicates=self.duplicates,
+            train_norm_affine=self.train_norm_affine,
+        )
         return torch.optim.SGD(groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True)
+
+
+def sgd(preset: Preset, *, train_norm_affine: bool) -> Sgd:
+    """The optimiser of a preset."""
+    if preset.rates == "flat":
+        return Sgd(train_norm_affine=train_norm_affine, duplicates="once", head_multiplier=1.0)
+    return Sgd(train_norm_affine=train_norm_affine)
 
 
 @dataclass(frozen=True)

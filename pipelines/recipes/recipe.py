@@ -59,6 +59,9 @@ class Preset:
         label_views: image sizes that a teacher looks at, each plain and mirrored.
         score_views: image sizes that are fused when a network is scored.
         score_mirrored: whether every scored view is also mirrored.
+        rates: ``published`` gives heads, blocks and projections the multiplied rates of the published runs (Q-SH-1),
+            which suit a pretrained backbone; ``flat`` lets every part of a random one learn alike.
+        clip_norm: bound on the norm of the gradient; None for none.
         jitter: bounds of the scale jitter.
         source_jitter: the same for source images in stage I; a real city as source is not jittered.
         ema_decay: of the teaching average.
@@ -73,6 +76,8 @@ class Preset:
     label_views: tuple[Size, ...]
     score_views: tuple[Size, ...]
     score_mirrored: bool
+    rates: Literal["published", "flat"]
+    clip_norm: float | None
     jitter: tuple[float, float]
     source_jitter: tuple[float, float]
     ema_decay: float
@@ -201,6 +206,8 @@ def _full(benchmark: Benchmark) -> Preset:
         label_views=((1280, 960), (1600, 1200)) if robot else ((1024, 512), (1280, 640)),
         score_views=((1280, 960), (1024, 768)) if robot else ((1024, 512), (1280, 640)),
         score_mirrored=True,
+        rates="published",
+        clip_norm=None,
         jitter=(0.8, 1.2),
         source_jitter=(1.0, 1.0) if robot else (0.8, 1.2),
         ema_decay=0.999,
@@ -220,13 +227,15 @@ def _mini(benchmark: Benchmark) -> Preset:
         network=DeepLabConfig.small(len(benchmark.classes.names)),
         discriminator_width=4,
         stages=(
-            StageSchedule(steps=150, horizon=900, warmup=20, learning_rate=0.02, **common),
-            StageSchedule(steps=550, horizon=620, warmup=20, learning_rate=0.02, **common),
+            StageSchedule(steps=200, horizon=1150, warmup=50, learning_rate=0.4, **common),
+            StageSchedule(steps=900, horizon=960, warmup=20, learning_rate=0.3, **common),
         ),
         label_size=target,
         label_views=(_scaled(target, 0.8), target),
         score_views=(target,),
         score_mirrored=False,
+        rates="flat",
+        clip_norm=2.0,
         jitter=(0.8, 1.2),
         source_jitter=(1.0, 1.0) if robot else (0.8, 1.2),
         ema_decay=0.98,
@@ -260,6 +269,8 @@ def _tiny(benchmark: Benchmark) -> Preset:
         label_views=(target, _scaled(target, 1.25)),
         score_views=(target,),
         score_mirrored=False,
+        rates="published",
+        clip_norm=None,
         jitter=(0.8, 1.2),
         source_jitter=(1.0, 1.0) if benchmark.name == "city2robot" else (0.8, 1.2),
         ema_decay=0.9,

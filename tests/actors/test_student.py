@@ -453,3 +453,15 @@ def test_the_optimiser_is_built_anew_for_every_stage(tmp_path):
         run_plan(tmp_path, [stage(steps=1, optimiser=optimiser), stage(name="b", steps=1, optimiser=optimiser)])
     ).run()
     assert len(built) == 2
+
+
+def test_a_bound_on_the_gradient_bounds_the_step(tmp_path):
+    moved = {}
+    for bound in (None, 1e-3):
+        learner = student(run_plan(tmp_path / str(bound), [stage(steps=1, clip_norm=bound)]))
+        before = [p.detach().clone() for p in learner.network.parameters()]
+        learner.run()
+        steps = [p.detach() - q for p, q in zip(learner.network.parameters(), before, strict=True)]
+        moved[bound] = float(torch.cat([step.flatten() for step in steps]).norm())
+    # Nesterov momentum makes 1.9 of a first gradient, and the fastest group multiplies its rate by ten.
+    assert moved[1e-3] < 1e-3 * 1.9 * 10 * rate(0) < moved[None]

@@ -103,3 +103,13 @@ def test_percentile_selection_by_hand():
         "confidence": np.array([[29, 30, 203, 204, 0, 255]], np.uint8),
     }
     assert selection.apply(record, selection.thresholds(given)).tolist() == [[255, 0, 255, 1, 2, 255]]
+
+
+@pytest.mark.parametrize("keep", ["all", "mean"])
+def test_the_bottom_rows_get_no_label_and_are_counted_nowhere(network, keep):
+    whole = rule(keep).label(network, views(1), [1])[0]
+    (made,) = rule(keep, ignore_bottom=0.25).label(network, views(1), [1])
+    assert (made.columns["label"][12:] == 255).all()
+    np.testing.assert_array_equal(made.columns["label"][:12], whole.columns["label"][:12])
+    assert made.class_pixels.sum() == (whole.columns["label"][:12] != 255).sum()
+    assert made.histogram.sum() == 12 * 24

@@ -13,6 +13,7 @@ from pipelines.benchmarks import benchmark
 from pipelines.recipes import RECIPES, recipe
 from pipelines.recipes.eplc import EplcOptions, RectifiedObjective
 from pipelines.recipes.mrnet import AlignmentObjective, MrnetOptions
+from pipelines.recipes.optimisation import sgd
 from pipelines.recipes.recipe import Ingredients, preset
 from pipelines.recipes.supervised import SegmentationTerm, SupervisedObjective, reference_stages
 
@@ -124,7 +125,7 @@ def test_the_published_weights():
     given = MrnetOptions()
     assert (given.adversarial_aux, given.adversarial_main, given.memory) == (2e-4, 1e-3, 0.1)
     assert (given.gradient_penalty, given.discriminator_rate) == (0.01, 1e-4)
-    term = SegmentationTerm(19)
+    term = stages("eplc", EplcOptions(), faithful=True)[0].objective(CONTEXT).term
     assert (term.max_value, term.small_class_pixels) == (7.0, 4096)
     rule = stages("eplc", EplcOptions(selection="std"))[1].labels.rule
     assert (rule.passes, rule.dropout, rule.threshold, rule.max_std) == (5, 0.1, 0.8, 0.05)
@@ -143,6 +144,34 @@ def test_every_supervised_term_of_a_run_keeps_the_same_pixels(faithful, percenti
     assert [stage.objective(CONTEXT).term.hard_percentile for stage in every] == [percentile] * 5
 
 
+def test_full_size_keeps_the_published_rates_and_a_random_network_learns_alike_everywhere():
+    net = DeepLab(DeepLabConfig.small(19))
+    scales = {
+        name: [
+            group["lr_scale"]
+            for group in sgd(preset(name, benchmark("gta2city")), train_norm_affine=True)(net).param_groups
+        ]
+        for name in ("full", "mini")
+    }
+    assert scales == {"full": [1.0, 3.0, 4.0, 10.0], "mini": [1.0, 1.0, 1.0, 1.0]}
+
+
+def test_references_decay_as_far_as_the_last_stage():
+    given = ingredients("mini", target_labelled=Opener("labelled"))
+    last = recipe("eplc").stages(given, EplcOptions())[-1]
+    (alone,) = reference_stages(given, "source", 1100)
+    share = last.learning_rate(last.steps) / last.learning_rate.base
+    assert alone.learning_rate(1100) / alone.learning_rate.base == pytest.approx(share, rel=0.01)
+
+
+def test_source_and_mixed_images_pass_the_network_as_one_batch():
+    net, seen = network(), []
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    given = batch()
+    rectified().losses(net, given, info())
+    assert seen == [2 * len(given.target)]
+
+
 def test_small_classes_scale_with_the_crops_area():
     assert SegmentationTerm(19).balance((1024, 512), CONTEXT).small_class_pixels == 4096
     assert SegmentationTerm(19).balance((512, 256), CONTEXT).small_class_pixels == 1024
@@ -157,6 +186,7 @@ def test_the_faithful_run_is_the_published_one():
     assert second.labels.rule.keep == "mean"
     view = second.streams["target"][2]
     assert view.colour == 0.0
+    assert second.labels.rule.ignore_bottom == 0.0
 
 
 def test_published_options_keep_a_rule_that_was_published():

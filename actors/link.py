@@ -97,6 +97,9 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config["threads"])
     link = ClusterLink(config["plan"], config["handles"], rank, inside_train=True)
+    if ray.get(config["handles"].run_log.watch.remote())["failure"]:
+        # What ended the run is no matter for a restart, and Train goes on restarting until the driver's process ends.
+        return {"step": 0, "stopped": True}
     device = ray.train.torch.get_device()
     link.write("student", 0, {"rank": rank, "students": world, "pid": os.getpid(), "device": str(device)})
     try:

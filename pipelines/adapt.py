@@ -33,6 +33,9 @@ WATCH_SECONDS = 0.5
 MAX_RESTARTS = 3
 """How often Ray Train starts dead students again before it gives up."""
 
+SUMS = ("labels_made", "teacher_failures")
+"""Counters of the bank that start at zero with it; the run's go on."""
+
 Watch = Callable[[str, dict[str, Any]], None]
 """Called with what happens: ``("phase", {...})``, ``("progress", {...})``, ``("message", {"text": ...})``."""
 
@@ -108,6 +111,21 @@ def stop_on_interrupt() -> Iterator[Interrupt]:
             signal.signal(number, handler)
 
 
+class RunningSums:
+    """Counters of an actor that may restart at zero, as sums over all its lives."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.before, self.last = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+
+    def carry(self, status: dict[str, Any]) -> dict[str, Any]:
+        """The status with the counts of earlier lives added. A count that went backwards began a new life."""
+        for name, last in self.last.items():
+            if status[name] < last:
+                self.before[name] += last
+            self.last[name] = status[name]
+        return {**status, **{name: self.before[name] + last for name, last in self.last.items()}}
+
+
 class Run:
     """The processes of one run."""
 
@@ -115,6 +133,8 @@ class Run:
         self.setup, self.shares, self.watch, self.seconds = setup, shares, watch, seconds
         self.seen_messages = 0
         self.teacher_status: dict[str, Any] = {}
+        self.sums = RunningSums(SUMS)
+        self.failing = False
         self.step = self.scored = 0
         self.scoring: Any = None
         self.labels_first = 0 in setup.labels
@@ -230,6 +250,7 @@ class Run:
                 self.watch("message", {"text": "stopping: saving a checkpoint (Ctrl-C again to abort)"})
                 self.run_log.request_stop.remote()
             self._look()
+        self._look()  # what was said and counted in the last moment
         if "error" in box:
             raise _readable(box["error"]) from box["error"]
         return box["value"]
@@ -242,6 +263,7 @@ class Run:
                 # A bank that was restarted hears here again whom it may call.
                 status = ray.get(self.bank.status.remote(self.teachers), timeout=5)
                 if status:
+                    status = self.sums.carry(status)
                     self._tell_failures(status)
                     self.teacher_status = status
         except ray.exceptions.RayError:
@@ -268,8 +290,11 @@ class Run:
 
     def _tell_failures(self, status: dict[str, Any]) -> None:
         failed = status["teacher_failures"] - self.teacher_status.get("teacher_failures", 0)
-        if failed > 0:
-            self.run_log.say.remote(f"{failed} label calls failed with their teacher; they are made again")
+        if failed > 0 and not self.failing:
+            self.run_log.say.remote(
+                "a teacher died; another takes its place and makes the labels that were on their way"
+            )
+        self.failing = failed > 0
         if status["versions_blocked"] > self.teacher_status.get("versions_blocked", 0):
             self.run_log.say.remote(
                 "the classes of new labels collapsed: those weights label no more, the last good labels stay"

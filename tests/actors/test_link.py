@@ -29,7 +29,7 @@ def run(log, monkeypatch, error):
             raise error
 
     monkeypatch.setattr(link, "Student", Student)
-    run_log = SimpleNamespace(fail=Remote(log.fail), write=Remote(log.write))
+    run_log = SimpleNamespace(fail=Remote(log.fail), write=Remote(log.write), watch=Remote(log.watch))
     with pytest.raises(type(error)):
         train_loop({"plan": None, "handles": Handles(run_log=run_log), "threads": 1})
     return log.watch()["failure"]
@@ -52,3 +52,10 @@ def test_a_defect_in_another_process_is_told_too(log, monkeypatch, cause, told):
 
 def test_a_dead_process_is_left_to_ray_train(log, monkeypatch):
     assert run(log, monkeypatch, ray.exceptions.RayActorError()) is None
+
+
+def test_a_student_that_train_starts_again_after_a_fatal_error_does_nothing(log, monkeypatch):
+    assert run(log, monkeypatch, RunError("too many images cannot be read")) == "too many images cannot be read"
+    run_log = SimpleNamespace(write=Remote(log.write), watch=Remote(log.watch))
+    result = train_loop({"plan": None, "handles": Handles(run_log=run_log), "threads": 1})
+    assert result == {"step": 0, "stopped": True}

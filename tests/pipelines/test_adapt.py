@@ -8,7 +8,7 @@ import torch
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, UnreadableImage
 from actors.student import Student
-from pipelines.adapt import Interrupt, Run, _readable, stop_on_interrupt
+from pipelines.adapt import Interrupt, Run, RunningSums, _readable, stop_on_interrupt
 from pipelines.cluster import Shares
 from tests.actors.fakes import FakeLink, label_plan, run_plan, stage
 
@@ -229,9 +229,31 @@ def test_failed_calls_and_collapsed_weights_are_told_once(watched):
         watched._look()
     said = [text for name, *text in watched.run_log.told if name == "say"]
     assert [text[0].split(":")[0] for text in said] == [
-        "2 label calls failed with their teacher; they are made again",
+        "a teacher died; another takes its place and makes the labels that were on their way",
         "the classes of new labels collapsed",
     ]
+
+
+def test_a_long_outage_is_told_once_and_the_next_one_again(watched):
+    for failures in (1, 2, 3, 3, 4):
+        watched.bank.answers["status"] = status(teacher_failures=failures)
+        watched._look()
+    assert sum("a teacher died" in text[0] for name, *text in watched.run_log.told if name == "say") == 2
+
+
+def test_counters_of_a_restarted_bank_go_on_where_the_old_ones_stood():
+    sums = RunningSums(("labels",))
+    seen = [sums.carry({"labels": count, "age": 5})["labels"] for count in (0, 8, 16, 0, 8, 24, 4)]
+    assert seen == [0, 8, 16, 16, 24, 40, 44]
+
+
+def test_the_last_moment_of_a_run_is_looked_at(watched):
+    watched.bank.answers["status"] = status(labels_made=8)
+    assert watched._watched(lambda: "done", Interrupt()) == "done"
+    watched.run_log.answers["watch"]["failure"] = "a student's last sentence"
+    with pytest.raises(RunError, match="a student's last sentence"):
+        watched._watched(lambda: "done", Interrupt())
+    assert watched.teacher_status["labels_made"] == 8
 
 
 def looks(watched, monkeypatch, every, steps, busy=()):

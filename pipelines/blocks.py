@@ -182,22 +182,27 @@ class SegmentReader:
     """
 
     def read(self, plan: ReadPlan, blocks: list[list[SampleFile]]) -> Iterator[pa.Table]:
-        """The blocks of one segment, in order. Returned by value: they then belong to the student that asked."""
-        rows = sum(not file.spare for file in blocks[0])
-        batches = plan.dataset(blocks).iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1)
+        """The blocks of one segment, in order. Returned by value: they then belong to the student that asked.
+
+        The first block is read right here: Ray Data needs seconds to start, and the student would wait for them.
+        """
         # Drained as fast as it comes: an execution that waits for its consumer burns a sixth of a core in its
         # scheduling loop. A segment is small enough to lie here until the student asks for it.
         ready: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
+        rows = sum(not file.spare for file in blocks[0])
 
         def drain() -> None:
             try:
-                for table in batches:
-                    ready.put(table)
+                if blocks[1:]:
+                    data = plan.dataset(blocks[1:])
+                    for table in data.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1):
+                        ready.put(table)
                 ready.put(None)
             except BaseException as error:  # raised where the student asks
                 ready.put(error)
 
         threading.Thread(target=drain, name="drain", daemon=True).start()
+        yield read_block(blocks[0], plan.size, plan.encoding, plan.cache)
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item

@@ -324,20 +324,34 @@ def test_a_reader_is_sent_the_files_of_a_segment_and_not_the_list_of_all(tiny, r
     assert sent == [ReadPlan(SIZE, tiny.source.label_encoding, NO_CACHE, 0.25)]
 
 
-def test_a_segment_is_read_in_blocks_without_their_spares(tiny):
+def test_the_first_block_is_read_at_once_and_ray_data_reads_the_others_without_their_spares(tiny):
     asked = []
 
     class Dataset:
         def iter_batches(self, **how):
             asked.append(how)
-            yield from ("first", "second")
+            yield from ("second", "third")
 
     stream = sample_stream(tiny.target)
-    blocks = stream.blocks(np.arange(6), 3)
-    given = SimpleNamespace(dataset=lambda made: asked.append(made) or Dataset())
-    assert list(SegmentReader().read(given, blocks)) == ["first", "second"]
-    assert asked[0] is blocks
+    blocks = stream.blocks(np.arange(9), 3)
+    plan = ReadPlan(SIZE, None, NO_CACHE, 0.25)
+    given = SimpleNamespace(
+        dataset=lambda made: asked.append(made) or Dataset(), size=plan.size, encoding=None, cache=plan.cache
+    )
+    first, *rest = SegmentReader().read(given, blocks)
+    assert first.equals(read_block(blocks[0], SIZE, None, NO_CACHE))
+    assert rest == ["second", "third"]
+    assert asked[0] == blocks[1:]
     assert (asked[1]["batch_size"], asked[1]["batch_format"]) == (3, "pyarrow")
+
+
+def test_a_segment_of_one_block_needs_no_ray_data(tiny):
+    def dataset(blocks):
+        raise AssertionError("Ray Data was started")
+
+    blocks = sample_stream(tiny.target).blocks(np.arange(3), 3)
+    given = SimpleNamespace(dataset=dataset, size=SIZE, encoding=None, cache=NO_CACHE)
+    assert [table.num_rows for table in SegmentReader().read(given, blocks)] == [3]
 
 
 def test_blocks_hold_about_eight_megabytes(tiny):

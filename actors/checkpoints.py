@@ -30,7 +30,6 @@ class CheckpointStore:
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
         self._thread: threading.Thread | None = None
-        self.failures: list[str] = []
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -82,7 +81,6 @@ class CheckpointStore:
             previous = self.steps()
             kept = f"the one of step {previous[-1]} stays good" if previous else "there is none before it"
             cause = str(error).splitlines()[0]
-            self.failures.append(cause)
             return f"checkpoint of step {step} could not be written ({cause}); {kept}. Free space in {self.folder}."
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)

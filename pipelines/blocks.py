@@ -137,7 +137,8 @@ def decode_image(cache: DecodeCache, path: str, size: Size) -> np.ndarray:
 
 def decode_label(cache: DecodeCache, path: str, size: Size, encoding: LabelEncoding) -> np.ndarray:
     """One label through the cache, uint8 H×W train ids."""
-    kind = f"{encoding.name}|{encoding.channel}|{zlib.crc32(bytes(encoding.train_ids)):08x}"
+    table = ",".join(map(str, (*encoding.raw_ids, *encoding.train_ids)))
+    kind = f"{encoding.name}|{encoding.channel}|{zlib.crc32(table.encode()):08x}"
     return cache.get(path, size, kind, lambda: read_label(path, encoding, size))
 
 

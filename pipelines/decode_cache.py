@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 Size = tuple[int, int]
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 
 
 class DecodeCache:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from actors.errors import UnreadableImage
 from pipelines.datasets.classes import IGNORE
@@ -23,7 +23,9 @@ from pipelines.datasets.png16 import decode_rgb16
 Size = tuple[int, int]
 """Width and height, in this order."""
 
-Channel = Literal["index", "first of RGBA", "first of 16-bit RGB"]
+Channel = Literal["index", "first of RGBA", "first of 16-bit RGB", "number", "colour"]
+"""Where a label file keeps a pixel's raw id: the number of an 8-bit gray or palette image; the first channel of an RGBA
+or 16-bit RGB one; `number`, whatever a single-channel image of any depth holds; `colour`, RGB as 0xRRGGBB."""
 
 
 class DataError(ValueError):
@@ -36,25 +38,42 @@ class LabelEncoding:
 
     name: str
     channel: Channel
+    raw_ids: tuple[int, ...]
+    """Every raw id that means something, ascending."""
     train_ids: tuple[int, ...]
-    """`train_ids[raw]` is the train id; raw ids beyond the table are ignored, like those that map to 255."""
+    """What they mean, in the same order; 255 = ignore. A raw id that is not listed is ignored, too."""
 
     @staticmethod
     def of(name: str, channel: Channel, mapping: dict[int, int]) -> LabelEncoding:
-        """Build the table from a map raw id → train id; ids that are not listed are ignored."""
-        return LabelEncoding(name, channel, tuple(mapping.get(raw, IGNORE) for raw in range(256)))
+        """Build an encoding from a map raw id → train id."""
+        raw_ids = tuple(sorted(mapping))
+        return LabelEncoding(name, channel, raw_ids, tuple(mapping[raw] for raw in raw_ids))
 
     def decode(self, path: str) -> NDArray[np.uint8]:
         """Read the label file at `path` as train ids, (H, W) uint8."""
-        raw = _guarded(path, lambda: self._raw_ids(path))
-        table = np.full(65536 if raw.dtype == np.uint16 else 256, IGNORE, np.uint8)
-        table[: len(self.train_ids)] = self.train_ids
+        raw = self.raw(path)
+        train_ids = np.array(self.train_ids, np.uint8)
+        if raw.dtype == np.uint32:
+            place = np.searchsorted(self.raw_ids, raw).clip(max=len(self.raw_ids) - 1)
+            return np.where(np.array(self.raw_ids, np.uint32)[place] == raw, train_ids[place], np.uint8(IGNORE))
+        table = np.full(np.iinfo(raw.dtype).max + 1, IGNORE, np.uint8)
+        fits = np.array(self.raw_ids) < len(table)
+        table[np.array(self.raw_ids)[fits]] = train_ids[fits]
         return table[raw]
 
-    def _raw_ids(self, path: str) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    def raw(self, path: str) -> NDArray[Any]:
+        """Read the raw ids of the label file at `path`, (H, W) uint8, uint16 or (colours) uint32."""
+        return _guarded(path, lambda: self._raw_ids(path))
+
+    def _raw_ids(self, path: str) -> NDArray[Any]:
         if self.channel == "first of 16-bit RGB":
             return decode_rgb16(path)[:, :, 0]
         with Image.open(path) as image:
+            if self.channel == "number":
+                return _numbers(image)
+            if self.channel == "colour":
+                red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")).astype(np.uint32), 2, 0)
+                return red << 16 | green << 8 | blue
             allowed = ("P", "L") if self.channel == "index" else ("RGBA",)
             if image.mode not in allowed:
                 raise ValueError(
@@ -63,6 +82,23 @@ class LabelEncoding:
                 )
             pixels = np.asarray(image)
         return pixels if self.channel == "index" else np.ascontiguousarray(pixels[:, :, 0])
+
+
+def _numbers(image: Image.Image) -> NDArray[Any]:
+    """The numbers of a single-channel image: 1, 8 or 16 bits, palette indices, or gray saved as RGB."""
+    if image.mode in ("1", "L", "P"):
+        return np.asarray(image).astype(np.uint8)
+    if image.mode.startswith("I"):
+        numbers = np.asarray(image)
+        if numbers.min() < 0 or numbers.max() > 65535:
+            raise ValueError(f"its ids reach from {numbers.min()} to {numbers.max()}; ids from 0 to 65535 are read")
+        return numbers.astype(np.uint16)
+    if image.mode in ("LA", "RGB", "RGBA"):
+        bands = [np.asarray(band) for band in image.split()]
+        if all(np.array_equal(band, bands[0]) for band in bands[1 : 3 if len(bands) > 2 else 1]):
+            return bands[0]
+        raise ValueError('it is a colour image; write encoding = "colours" and give every class its colour')
+    raise ValueError(f"an image of mode {image.mode} holds no class ids; save it as 8- or 16-bit gray or palette PNG")
 
 
 @dataclass(frozen=True)
@@ -120,16 +156,28 @@ class Split:
 
 
 def read_image(path: str, size: Size | None = None) -> NDArray[np.uint8]:
-    """Decode an image file to (H, W, 3) uint8 RGB, resized (bicubic) to `size` = (width, height) if given."""
+    """Decode an image file to (H, W, 3) uint8 RGB, resized (bicubic) to `size` = (width, height) if given.
+
+    A photo that its EXIF data say is turned is turned upright; the high byte of 16-bit gray is read; alpha is dropped.
+    """
 
     def decode() -> NDArray[np.uint8]:
         with Image.open(path) as image:
-            rgb = image.convert("RGB")
+            rgb = _as_rgb(ImageOps.exif_transpose(image))
         if size is not None and rgb.size != size:
             rgb = rgb.resize(size, Image.Resampling.BICUBIC)
         return np.asarray(rgb)
 
     return _guarded(path, decode)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Any colour mode as 8-bit RGB. Pillow itself clips 16-bit gray to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} (32-bit numbers) is no photo; save it as 8- or 16-bit PNG, JPEG or TIFF")
+    return image.convert("RGB")
 
 
 def read_label(path: str, encoding: LabelEncoding, size: Size | None = None) -> NDArray[np.uint8]:

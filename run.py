@@ -164,6 +164,16 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     """The final table: every score with its protocol, per class."""
     protocol = results["protocol"]
     rows = [(ROW_NAMES[key], value) for key, value in results["scores"].items() if value]
+    if rows:
+        _print_scores(results, protocol, rows, console)
+    else:
+        console.print("no target image has a label, so nothing was scored; look at the pictures: run.py predict")
+    _print_labels(results, console)
+
+
+def _print_scores(
+    results: dict[str, Any], protocol: dict[str, Any], rows: list[tuple[str, Any]], console: Console
+) -> None:
     label = "×".join(map(str, protocol["label_size"]))
     views = ", ".join(f"{w}×{h}{' mirrored' if m else ''}" for w, h, m in protocol["views"])
     table = Table(
@@ -184,6 +194,9 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     console.print(table)
     if results.get("gap_closed") is not None:
         console.print(f"gap closed: {results['gap_closed']:.2f} of (oracle − source-only)", highlight=False)
+
+
+def _print_labels(results: dict[str, Any], console: Console) -> None:
     ages = results.get("label_age_steps")
     if ages and ages["p50"] is not None:
         wait = results["student"]["wait_share"]

@@ -272,7 +272,8 @@ class Student:
         """Image indices of this rank's target samples in the next batches."""
         batch, share = stage.plan.batch, stage.plan.batch // self.world
         steps = np.arange(self.step, self.step + LOOK_AHEAD_BATCHES) - stage.first_step
-        first = self._position(stage) + (steps - (self.step - stage.first_step)) * batch + self.rank * share
+        start = self._position(stage.index, stage.first_step)
+        first = start + (steps - (self.step - stage.first_step)) * batch + self.rank * share
         positions = (first[:, None] + np.arange(share)).reshape(-1)
         return stage.plan.streams["target"].indices(positions)
 
@@ -282,6 +283,7 @@ class Student:
         first_step = sum(stage.steps for stage in self.plan.stages[:index])
         if previous is not None and plan.starts_from == "teacher":
             self.network.load_state_dict(previous.network.state_dict())
+        streams = self._open_streams(index, first_step)  # first, so that they read while the rest is built
         torch.manual_seed(_step_seed(self.plan.seed, first_step, 0))  # the objective's modules start alike everywhere
         for module, rate in self._dropout.items():
             module.p = rate if plan.dropout is None else plan.dropout
@@ -299,17 +301,11 @@ class Student:
             optimiser.load_state_dict(state["optimiser"])
             objective.load_state_dict(state["objective"])
             teaching.load_state_dict(state["teaching"])
-        stage = StageState(plan, index, first_step, self._parallel(), optimiser, objective, teaching)
-        stage_step = self.step - first_step
-        if stage_step < plan.steps:
-            position = self._position(stage)
-            stage.streams = {
-                name: stream.batches(position, plan.steps - stage_step, plan.batch, self.rank, self.world)
-                for name, stream in plan.streams.items()
-            }
+        network = self._parallel()
+        stage = StageState(plan, index, first_step, network, optimiser, objective, teaching, streams=streams)
         if state is None and self.step > 0:
             self._checkpoint(stage, now=True)
-        self._publish(stage, pin=stage_step == 0)
+        self._publish(stage, pin=self.step == first_step)
         if plan.labels is not None:
             stage.view = self.link.view(index, first_step)
             stage.view.ages, stage.view.hits, stage.view.misses = (
@@ -319,10 +315,21 @@ class Student:
             )
         return stage
 
-    def _position(self, stage: StageState) -> int:
-        """Samples of each domain consumed globally before the coming step."""
-        before = sum(plan.steps * plan.batch for plan in self.plan.stages[: stage.index])
-        return before + (self.step - stage.first_step) * stage.plan.batch
+    def _position(self, index: int, first_step: int) -> int:
+        """Samples of each domain consumed globally before the coming step, of the stage that began at a step."""
+        before = sum(plan.steps * plan.batch for plan in self.plan.stages[:index])
+        return before + (self.step - first_step) * self.plan.stages[index].batch
+
+    def _open_streams(self, index: int, first_step: int) -> dict[str, Iterator[RawBatch]]:
+        """The streams of a stage from the coming step to its end; they begin to read at once."""
+        plan, steps = self.plan.stages[index], self.plan.stages[index].steps - (self.step - first_step)
+        if steps == 0:
+            return {}
+        position = self._position(index, first_step)
+        return {
+            name: stream.batches(position, steps, plan.batch, self.rank, self.world)
+            for name, stream in plan.streams.items()
+        }
 
     def _publish(self, stage: StageState, pin: bool = False) -> None:
         if not self.lead or self.link.publisher is None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.deeplab import DeepLab, DeepLabConfig, Logits
-from pipelines.benchmarks import BENCHMARKS, Benchmark, benchmark
+from pipelines.benchmarks import BENCHMARKS, Published, benchmark
 from pipelines.datasets import IGNORE, Split
 from pipelines.datasets.miniature import MINIATURE_VERSION
 
@@ -164,7 +164,7 @@ def _upsample(logits: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(logits, size=list(size), mode="bilinear", align_corners=True)
 
 
-def score(bench: Benchmark, ious: list[float]) -> dict[str, Any]:
+def score(bench: Published, ious: list[float]) -> dict[str, Any]:
     """MIoU (percent) over each protocol, and the IoU of each class of the primary one."""
     means = {name: 100 * float(np.mean([ious[c] for c in chosen])) for name, chosen in bench.protocols.items()}
     primary = bench.protocols[bench.primary_protocol]
@@ -175,7 +175,7 @@ def score(bench: Benchmark, ious: list[float]) -> dict[str, Any]:
     }
 
 
-def measure(bench: Benchmark, folder: Path, size: str, schedule: Schedule, seed: int, fit: bool) -> dict[str, Any]:
+def measure(bench: Published, folder: Path, size: str, schedule: Schedule, seed: int, fit: bool) -> dict[str, Any]:
     """The three figures for one seed of the networks (the pictures' seed is always 0)."""
     domains = bench.miniature(size, folder)
     if domains.target_labelled is None:
@@ -183,6 +183,7 @@ def measure(bench: Benchmark, folder: Path, size: str, schedule: Schedule, seed:
     source_size, target_size = BASE_SIZES[bench.name]
     source = load(domains.source, source_size, source_size)
     target = load(domains.target_labelled, target_size, target_size)
+    assert domains.validation is not None
     validation = load(domains.validation, target_size, None)
     classes, seconds = len(bench.classes), time.perf_counter()
     print(f"{bench.name} seed {seed}: source-only", flush=True)

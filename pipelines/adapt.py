@@ -148,6 +148,8 @@ class Run:
         self.teachers: list[Any] = []
         self.bank: Any = None
         self.evaluator: Any = None
+        self.helped = False
+        """Whether teachers and evaluator have been started."""
 
     def execute(self, interrupt: Interrupt) -> Outcome:
         """Train, train the references, score, write the result."""
@@ -188,8 +190,9 @@ class Run:
         A process that imports torch takes seconds of a core; the first step should not wait for those that have
         nothing to do yet.
         """
-        if self.evaluator is not None:
+        if self.helped:
             return
+        self.helped = True
         setup, plan = self.setup, self.setup.plan
         if self.bank is not None:
             teacher = ray.remote(Teacher).options(
@@ -199,10 +202,11 @@ class Run:
                 teacher.remote(plan.network, self.reader, setup.labels, plan.seed, self.board, setup.options.threads)
                 for _ in range(setup.options.teachers)
             ]
-        evaluator = ray.remote(Evaluator).options(max_restarts=-1, **actor_options(self.shares.evaluator))
-        self.evaluator = evaluator.remote(
-            setup.make_scorer(), self.reader, self.board, self.run_log, setup.options.threads
-        )
+        if setup.domains.validation is not None:
+            evaluator = ray.remote(Evaluator).options(max_restarts=-1, **actor_options(self.shares.evaluator))
+            self.evaluator = evaluator.remote(
+                setup.make_scorer(), self.reader, self.board, self.run_log, setup.options.threads
+            )
 
     def _train(self, interrupt: Interrupt) -> dict[str, Any]:
         """The students, in a thread of their own; this one watches."""
@@ -283,6 +287,8 @@ class Run:
     def _score_now_and_then(self) -> None:
         """Have the newest weights scored every so many steps, unless the evaluator is still busy."""
         every = self.setup.plan.evaluate_every
+        if self.evaluator is None:
+            return
         busy = self.scoring is not None and not ray.wait([self.scoring], timeout=0)[0]
         if every and self.step // every > self.scored and not busy and self.step < self.setup.plan.total_steps:
             self.scored = self.step // every
@@ -365,6 +371,8 @@ class Run:
                 f"the last step could not be saved, so there is nothing to score: free space in "
                 f"{self.setup.plan.folder} and continue with --resume"
             )
+        if self.evaluator is None:
+            return {}
         adapted = {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
         jobs = {"adapted": self.evaluator.score_weights.remote(adapted)}
         for name, weights in references.items():

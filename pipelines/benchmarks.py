@@ -1,7 +1,8 @@
 """The benchmarks: which labelled source, which unlabelled target, which classes, which figures.
 
-`open` reads the real datasets under a data root; `miniature` renders a small pair in the same layouts and
-opens it with the same readers. Either way the target split for training has no path to a label.
+`Published.open` reads the real datasets under a data root; `miniature` renders a small pair in the same layouts and
+opens it with the same readers; `own_benchmark` opens folders of your own. However it was opened, the target split for
+training has no path to a label.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 
 from pipelines.datasets import cityscapes, gta5, robotcar, synthia
 from pipelines.datasets.classes import CITYSCAPES_19, PROTOCOLS, ROBOTCAR_9, ClassSet
-from pipelines.datasets.dataset import DataError, Split
+from pipelines.datasets.dataset import DataError, Size, Split, image_size
+from pipelines.datasets.folder import read_folder
 from pipelines.datasets.miniature import SIZES, write_miniature
 
 
@@ -26,8 +28,29 @@ class Domains:
     """Unlabelled: the images that a network is adapted to."""
     target_labelled: Split | None
     """The same images with labels, for the oracle run only; None where the labels are not on disk."""
-    validation: Split
-    """Labelled target images, for the evaluator only."""
+    validation: Split | None
+    """Labelled target images, for the evaluator only; None where a user has none."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes (width, height) at which a pair of domains is run at full size (methods §2.4 to §2.6)."""
+
+    source: Size
+    target: Size
+    """In stage I, and of pseudo labels."""
+    target_again: Size
+    """In stage II."""
+    crops: tuple[Size, Size]
+    """In stage I and in stage II."""
+    label_views: tuple[Size, ...]
+    score_views: tuple[Size, ...]
+    source_jitter: tuple[float, float] = (0.8, 1.2)
+    """Bounds of the scale jitter of source images in stage I."""
+
+    def small(self, side: int) -> tuple[Size, Size]:
+        """Source and target size with the longer side at most `side`, in their proportions."""
+        return _with_side(self.source, side), _with_side(self.target, side)
 
 
 @dataclass(frozen=True)
@@ -38,15 +61,22 @@ class Benchmark:
     description: str
     classes: ClassSet
     protocols: dict[str, tuple[int, ...]]
-    source_folder: Callable[[Path], Path]
-    target_folder: Callable[[Path], Path]
-    open_source: Callable[[Path], Split]
-    open_target: Callable[[Path], tuple[Split, Split | None, Split]]
+    shapes: Shapes
 
     @property
     def primary_protocol(self) -> str:
         """Name of the protocol that the headline figure uses."""
         return next(iter(self.protocols))
+
+
+@dataclass(frozen=True)
+class Published(Benchmark):
+    """A pair of published datasets, or their miniature."""
+
+    source_folder: Callable[[Path], Path]
+    target_folder: Callable[[Path], Path]
+    open_source: Callable[[Path], Split]
+    open_target: Callable[[Path], tuple[Split, Split | None, Split]]
 
     def open(self, data_root: str | Path) -> Domains:
         """Open the published datasets under `data_root`.
@@ -76,11 +106,96 @@ class Benchmark:
         return self.open(write_miniature(self.name, size, Path(folder), seed))
 
 
-def benchmark(name: str) -> Benchmark:
+def benchmark(name: str) -> Published:
     """The benchmark called `name`, or a `DataError` that lists the known ones."""
     if name not in BENCHMARKS:
-        raise DataError(f"unknown benchmark {name!r}; known are {', '.join(BENCHMARKS)}")
+        raise DataError(
+            f"unknown benchmark {name!r}; known are {', '.join(BENCHMARKS)}. "
+            "For images of your own give --source and --target."
+        )
     return BENCHMARKS[name]
+
+
+def own_benchmark(source: str, target: str, validation: str | None = None) -> tuple[Benchmark, Domains]:
+    """A benchmark of one's own from TOML files (see `pipelines.datasets.folder`).
+
+    Args:
+        source: of the labelled source domain; its classes are the benchmark's.
+        target: of the target domain. Labels, where it has any, are for scoring alone.
+        validation: of labelled target images to score on, instead of those of `target`.
+
+    Raises:
+        DataError: a file is missing or cannot work; says which one and what to write.
+    """
+    first = read_folder(source)
+    if first.labelled is None or first.classes is None:
+        raise DataError(f'{source}: a source domain needs labels and classes; add labels = "…/*.png" and classes')
+    if first.unlabelled:
+        raise DataError(
+            f"{source}: {len(first.unlabelled)} of {len(first.images)} images have no label, the first is "
+            f"{first.unlabelled[0]}. Add the labels, or make images = … narrower."
+        )
+    second = read_folder(target, classes=first.classes)
+    scored = second.labelled
+    if validation is not None:
+        scored = read_folder(validation, classes=first.classes).labelled
+        if scored is None:
+            raise DataError(f'{validation}: images to score on need labels; add labels = "…/*.png"')
+    count = len(first.classes)
+    pair = Benchmark(
+        name=f"{first.name}2{second.name}",
+        description=f"{first.name} to {second.name}, {count} classes",
+        classes=first.classes,
+        protocols={str(count): tuple(range(count))},
+        shapes=_shapes(_typical_size(first.images), _typical_size(second.images)),
+    )
+    # Without images of its own to score on, an oracle would be scored on what it learned from.
+    labelled = second.labelled if validation is not None else None
+    return pair, Domains(first.labelled, second.images, labelled, scored)
+
+
+MEASURED_IMAGES = 64
+SHORTEST_SIDE = 32
+"""Pixels below which a side is not shrunk: four cells of the network's grid."""
+
+
+def _typical_size(split: Split) -> Size:
+    """Median width and height of some images, evenly spread; broken ones do not count.
+
+    Images of other sizes are resized to what is derived from it, so a width and a height of different images would
+    fit neither: it is the size of the image whose proportions are the middle ones.
+    """
+    step = -(-len(split) // MEASURED_IMAGES)
+    sizes = [size for path in split.image_paths[::step] if (size := image_size(path)) is not None]
+    if not sizes:
+        raise DataError(f"{split.name}: none of the images that were tried can be read, first {split.image_paths[0]}")
+    return sorted(sizes, key=lambda size: (size[0] / size[1], size))[len(sizes) // 2]
+
+
+def _shapes(source: Size, target: Size) -> Shapes:
+    """Sizes for images of these sizes: as many pixels as the published runs have, but no image is enlarged."""
+    first, second = _with_pixels(source, 1280 * 720), _with_pixels(target, 1024 * 512)
+    again = _with_pixels(target, 1280 * 640)
+    crops = (common_part(first, second, 0.8, 0.8), common_part(first, again, 0.4, 0.4))
+    return Shapes(first, second, again, crops, (second, again), (second, again))
+
+
+def common_part(one: Size, other: Size, across: float, down: float) -> Size:
+    """A crop that fits into both sizes: a share of the smaller width and of the smaller height."""
+    return max(1, round(across * min(one[0], other[0]))), max(1, round(down * min(one[1], other[1])))
+
+
+def _with_pixels(size: Size, pixels: int) -> Size:
+    return _shrunk(size, (pixels / (size[0] * size[1])) ** 0.5)
+
+
+def _with_side(size: Size, side: int) -> Size:
+    return _shrunk(size, side / max(size))
+
+
+def _shrunk(size: Size, factor: float) -> Size:
+    factor = min(1.0, factor)
+    return max(SHORTEST_SIDE, round(size[0] * factor)), max(SHORTEST_SIDE, round(size[1] * factor))
 
 
 def _finder(dataset: str, names: Sequence[str], landmark: str) -> Callable[[Path], Path]:
@@ -123,34 +238,51 @@ _SYNTHIA = _finder(
 _CITYSCAPES = _finder("Cityscapes", ("Cityscapes", "Cityscapes/data", "cityscapes"), "leftImg8bit")
 _ROBOTCAR = _finder("RobotCar", ("RobotCar", "Oxford_Robot_ICCV19"), "train")
 
-BENCHMARKS: dict[str, Benchmark] = {
+
+def _city_shapes(target_again: Size) -> Shapes:
+    views = ((1024, 512), (1280, 640))
+    return Shapes((1280, 720), (1024, 512), target_again, ((1024, 512), (512, 256)), views, views)
+
+
+BENCHMARKS: dict[str, Published] = {
     item.name: item
     for item in (
-        Benchmark(
+        Published(
             name="gta2city",
             description="GTA5 to Cityscapes, 19 classes",
             classes=CITYSCAPES_19,
             protocols={"19": PROTOCOLS["19"]},
+            shapes=_city_shapes((1280, 640)),
             source_folder=_GTA5,
             target_folder=_CITYSCAPES,
             open_source=gta5.train,
             open_target=_cityscapes_target,
         ),
-        Benchmark(
+        Published(
             name="synthia2city",
             description="SYNTHIA-RAND-CITYSCAPES to Cityscapes, means over 16 and 13 of 19 network outputs",
             classes=CITYSCAPES_19,
             protocols={"16": PROTOCOLS["16"], "13": PROTOCOLS["13"]},
+            shapes=_city_shapes((1280, 720)),
             source_folder=_SYNTHIA,
             target_folder=_CITYSCAPES,
             open_source=synthia.train,
             open_target=_cityscapes_target,
         ),
-        Benchmark(
+        Published(
             name="city2robot",
             description="Cityscapes to Oxford RobotCar, 9 classes",
             classes=ROBOTCAR_9,
             protocols={"9": PROTOCOLS["9"]},
+            shapes=Shapes(
+                source=(1280, 720),
+                target=(1280, 960),
+                target_again=(1280, 960),
+                crops=((1024, 512), (512, 256)),
+                label_views=((1280, 960), (1600, 1200)),
+                score_views=((1280, 960), (1024, 768)),
+                source_jitter=(1.0, 1.0),
+            ),
             source_folder=_CITYSCAPES,
             target_folder=_ROBOTCAR,
             open_source=_cityscapes_source,

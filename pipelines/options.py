@@ -29,12 +29,22 @@ class AdaptOptions:
     """Which pair of domains: gta2city, synthia2city or city2robot."""
     recipe: str = "eplc"
     """Which system adapts: eplc or mrnet."""
+    source: str | None = None
+    """TOML file of a labelled source domain of your own, instead of a benchmark."""
+    target: str | None = None
+    """TOML file of the target domain. Labels, if it has any, are only scored on."""
+    validation: str | None = None
+    """TOML file of labelled target images to score on. Default: those of --target that have labels."""
     data_root: str | None = None
     """Folder with the real datasets. Without it the benchmark runs on its rendered miniature."""
     preset: Literal["auto", "full", "mini", "tiny"] = "auto"
-    """Schedule and size. auto: full on real data, mini on the miniature."""
+    """Schedule and size. auto: full on real data, mini on the miniature and on images of your own."""
     steps: int | None = None
     """Total optimiser steps, instead of the preset's; every stage keeps its share."""
+    batch: int | None = None
+    """Images of each domain in a batch, instead of the preset's."""
+    scale: float = 1.0
+    """Multiplies every width and height of the preset."""
     seed: int = 0
     """Decides initialisation, sample order, augmentation and dropout."""
     faithful: bool = False
@@ -72,6 +82,17 @@ class AdaptOptions:
             if getattr(self, name) < 1:
                 raise RunError(f"--{name} is {getattr(self, name)}; a run needs at least one")
         check_choices(self)
+        if (self.source is None) != (self.target is None):
+            given, missing = ("source", "target") if self.target is None else ("target", "source")
+            raise RunError(f"--{given} is given without --{missing}; a benchmark of your own needs both")
+        if self.source is not None and self.data_root is not None:
+            raise RunError("--data-root belongs to the published benchmarks; leave it out, or --source and --target")
+        if self.validation is not None and self.target is None:
+            raise RunError("--validation belongs to images of your own; give --source and --target, too")
+        if self.batch is not None and self.batch < 1:
+            raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
+        if not 0.1 <= self.scale <= 20:
+            raise RunError(f"--scale is {self.scale}; give a factor from 0.1 to 20")
         if self.seed < 0:
             raise RunError(f"--seed is {self.seed}; give a number that is not negative")
 
@@ -81,6 +102,11 @@ class AdaptOptions:
         if self.refresh != "auto":
             return self.refresh
         return "once" if self.faithful else "continuous"
+
+    @property
+    def on_miniature(self) -> bool:
+        """Whether the data are rendered."""
+        return self.data_root is None and self.source is None
 
     @property
     def resolved_preset(self) -> str:

@@ -36,7 +36,7 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     scores = {row: known.get(row) for row in ROWS}
     scores["adapted"] = scorer.score(weights)
     return {
-        "benchmark": options.benchmark,
+        "benchmark": setup.benchmark.name,
         "recipe": options.recipe,
         "data": setup.data,
         "seed": options.seed,

@@ -37,14 +37,14 @@ def assemble(
     """
     source, oracle = scores.get("source_only"), scores.get("oracle")
     return {
-        "benchmark": setup.options.benchmark,
+        "benchmark": setup.benchmark.name,
         "recipe": setup.options.recipe,
         "data": setup.data,
         "protocol": protocol(setup),
         "class_names": list(setup.benchmark.classes.names),
         "scores": {row: scores.get(row) for row in ROWS},
         "gap_closed": None
-        if source is None
+        if source is None or "adapted" not in scores
         else gap_closed(scores["adapted"]["miou"], source["miou"], None if oracle is None else oracle["miou"]),
         "steps": setup.plan.total_steps,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -62,11 +62,11 @@ def assemble(
 
 def protocol(setup: Setup) -> dict[str, Any]:
     """How the scores of a run are made: what must stand beside every one of them."""
-    width, height = setup.domains.validation.label(0).shape[::-1]
+    split = setup.domains.validation
     mirrored = [False, True] if setup.preset.score_mirrored else [False]
     return {
         "classes": len(setup.benchmark.protocols[setup.benchmark.primary_protocol]),
-        "label_size": [width, height],
+        "label_size": None if split is None else list(split.label(0).shape[::-1]),
         "network": "ema" if setup.plan.stages[-1].ema_decay is not None else "student",
         "views": [[*view, flip] for view in setup.preset.score_views for flip in mirrored],
     }

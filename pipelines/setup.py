@@ -15,7 +15,7 @@ from actors.errors import RunError
 from actors.evaluator import Scorer
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from pipelines.benchmarks import Benchmark, Domains, benchmark
+from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_benchmark
 from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
 from pipelines.options import AdaptOptions
@@ -63,7 +63,7 @@ class Setup:
     @property
     def data(self) -> str:
         """``real`` or ``miniature``, wherever a score stands."""
-        return "real" if self.options.data_root else "miniature"
+        return "miniature" if self.options.on_miniature else "real"
 
     def label_rows(self) -> dict[int, int]:
         """Images in a label block, by stage: several blocks a teacher, or they label in lock-step."""
@@ -71,7 +71,13 @@ class Setup:
         return {i: plan.rule.layout.rows_per_block(images, 4 * teachers) for i, plan in self.labels.items()}
 
     def make_scorer(self) -> Callable[[torch.device], Scorer]:
-        """Builds the scorer of the validation split; picklable."""
+        """Builds the scorer of the validation split; picklable.
+
+        Raises:
+            RunError: there are no labels to score on.
+        """
+        if self.domains.validation is None:
+            raise RunError(f"{self.options.target} has no labels, so there is nothing to score on; give --validation")
         return partial(
             _scorer,
             self.plan.network,
@@ -89,12 +95,16 @@ def resolve(options: AdaptOptions) -> Setup:
         DataError: the data are not where or what they should be.
     """
     chosen = recipe(options.recipe)
-    pair = benchmark(options.benchmark)
-    size = preset(options.resolved_preset, pair)
-    if options.steps is not None:
-        size = size.with_steps(options.steps, chosen.schedules)
-    domains = open_domains(options, pair)
-    named = options if options.name else replace(options, name=_default_name(options))
+    pair, open_data = choose_pair(options)
+    size = sized_preset(options, pair, chosen.schedules)
+    domains = open_data()
+    named = replace(
+        options,
+        name=options.name or _default_name(options, pair),
+        source=_absolute(options.source),  # a run can be resumed from anywhere
+        target=_absolute(options.target),
+        validation=_absolute(options.validation),
+    )
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
     ingredients = Ingredients(
         preset=size,
@@ -117,21 +127,42 @@ def resolve(options: AdaptOptions) -> Setup:
             )
     folder = named.folder()
     plan = _plan(named, size, stages, folder)
+    if options.references == "always" and domains.validation is None:
+        raise RunError("--references always trains runs to be scored, and there are no labels to score on")
     references = _references(named, size, ingredients, plan) if wants_references(options) else {}
     return Setup(named, pair, domains, size, plan, references, cache)
 
 
-def open_domains(options: AdaptOptions, pair: Benchmark) -> Domains:
-    """The real datasets, or the miniature of the preset's size."""
+def choose_pair(options: AdaptOptions) -> tuple[Benchmark, Callable[[], Domains]]:
+    """What is adapted to what, and what opens (or renders) it; a wrong option should not cost a rendering."""
+    if options.source is not None and options.target is not None:
+        own, domains = own_benchmark(options.source, options.target, options.validation)
+        return own, lambda: domains
+    pair = benchmark(options.benchmark)
+    return pair, lambda: open_domains(options, pair)
+
+
+def open_domains(options: AdaptOptions, pair: Published) -> Domains:
+    """The published datasets, or the miniature of the preset's size."""
     if options.data_root is not None:
         return pair.open(options.data_root)
     size = "tiny" if options.resolved_preset == "tiny" else "mini"
     return pair.miniature(size, Path(options.data).absolute() / "miniature")
 
 
+def sized_preset(options: AdaptOptions, pair: Benchmark, schedules: int) -> Preset:
+    """The preset of the options, with the length, batch and image size that they ask for."""
+    size = preset(options.resolved_preset, pair)
+    if options.steps is not None:
+        size = size.with_steps(options.steps, schedules)
+    if options.batch is not None:
+        size = size.with_batch(options.batch)
+    return size.with_scale(options.scale) if options.scale != 1 else size
+
+
 def wants_references(options: AdaptOptions) -> bool:
     """Whether source-only and oracle are trained, too."""
-    return options.references == "always" or (options.references == "auto" and options.data_root is None)
+    return options.references == "always" or (options.references == "auto" and options.on_miniature)
 
 
 def _plan(options: AdaptOptions, size: Preset, stages: tuple[StagePlan, ...], folder: Path) -> RunPlan:
@@ -195,5 +226,9 @@ def _scorer(
     )
 
 
-def _default_name(options: AdaptOptions) -> str:
-    return f"{options.benchmark}-{options.recipe}-s{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
+
+
+def _default_name(options: AdaptOptions, pair: Benchmark) -> str:
+    return f"{pair.name}-{options.recipe}-s{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

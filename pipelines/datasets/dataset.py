@@ -28,6 +28,11 @@ Channel = Literal["index", "first of RGBA", "first of 16-bit RGB", "number", "co
 or 16-bit RGB one; `number`, whatever a single-channel image of any depth holds; `colour`, RGB as 0xRRGGBB."""
 
 
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+"""What Pillow raises for a broken file, depending on which byte is wrong."""
+_ORIENTATION = 0x0112
+
+
 class DataError(ValueError):
     """The data are not laid out as expected; says what was given, what is expected, what to change."""
 
@@ -171,6 +176,16 @@ def read_image(path: str, size: Size | None = None) -> NDArray[np.uint8]:
     return _guarded(path, decode)
 
 
+def image_size(path: str) -> Size | None:
+    """(width, height) of an image, upright, from its header alone; None where that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except _BROKEN:
+        return None
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     """Any colour mode as 8-bit RGB. Pillow itself clips 16-bit gray to white."""
     if image.mode.startswith("I;16"):
@@ -233,6 +248,5 @@ def _guarded(path: str, decode: Callable[[], NDArray]) -> NDArray:
     """Run a decoder; whatever a broken file makes Pillow raise becomes `UnreadableImage`."""
     try:
         return decode()
-    # Pillow answers a broken PNG with any of these, depending on which byte is wrong.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from actors.errors import RunError
 from actors.protocols import StagePlan, Stream, View
 from models.networks.deeplab import DeepLabConfig
-
-if TYPE_CHECKING:
-    from pipelines.benchmarks import Benchmark
+from pipelines.benchmarks import Benchmark, common_part
 
 Size = tuple[int, int]
 PUBLISHED_CROP = (1024, 512)
@@ -117,6 +115,27 @@ class Preset:
         one, two = self.stages
         return replace(self, stages=(stretched(one, lengths[0]), stretched(two, lengths[1])))
 
+    def with_batch(self, batch: int) -> Preset:
+        """The same preset with batches of another size."""
+        one, two = (replace(stage, batch=batch) for stage in self.stages)
+        return replace(self, stages=(one, two))
+
+    def with_scale(self, factor: float) -> Preset:
+        """The same preset at another image size; every width and height is multiplied."""
+
+        def sized(stage: StageSchedule) -> StageSchedule:
+            source, target = _scaled(stage.source_size, factor), _scaled(stage.target_size, factor)
+            return replace(stage, source_size=source, target_size=target, crop=_scaled(stage.crop, factor))
+
+        one, two = (sized(stage) for stage in self.stages)
+        return replace(
+            self,
+            stages=(one, two),
+            label_size=_scaled(self.label_size, factor),
+            label_views=tuple(_scaled(view, factor) for view in self.label_views),
+            score_views=tuple(_scaled(view, factor) for view in self.score_views),
+        )
+
 
 @dataclass(frozen=True)
 class Ingredients:
@@ -174,8 +193,7 @@ def preset(name: str, benchmark: Benchmark) -> Preset:
 
 def _full(benchmark: Benchmark) -> Preset:
     """The published schedule and sizes (methods §2.4, §2.6, §3)."""
-    robot = benchmark.name == "city2robot"
-    second = (1280, 960) if robot else (1280, 720) if benchmark.name == "synthia2city" else (1280, 640)
+    shapes = benchmark.shapes
     return Preset(
         name="full",
         network=DeepLabConfig(num_classes=len(benchmark.classes.names)),
@@ -187,9 +205,9 @@ def _full(benchmark: Benchmark) -> Preset:
                 warmup=5_000,
                 learning_rate=2e-4,
                 batch=2,
-                source_size=(1280, 720),
-                target_size=(1280, 960) if robot else (1024, 512),
-                crop=(1024, 512),
+                source_size=shapes.source,
+                target_size=shapes.target,
+                crop=shapes.crops[0],
             ),
             StageSchedule(
                 steps=50_000,
@@ -197,19 +215,19 @@ def _full(benchmark: Benchmark) -> Preset:
                 warmup=5_000,
                 learning_rate=1e-4,
                 batch=9,
-                source_size=(1280, 720),
-                target_size=second,
-                crop=(512, 256),
+                source_size=shapes.source,
+                target_size=shapes.target_again,
+                crop=shapes.crops[1],
             ),
         ),
-        label_size=(1280, 960) if robot else (1024, 512),
-        label_views=((1280, 960), (1600, 1200)) if robot else ((1024, 512), (1280, 640)),
-        score_views=((1280, 960), (1024, 768)) if robot else ((1024, 512), (1280, 640)),
+        label_size=shapes.target,
+        label_views=shapes.label_views,
+        score_views=shapes.score_views,
         score_mirrored=True,
         rates="published",
         clip_norm=None,
         jitter=(0.8, 1.2),
-        source_jitter=(1.0, 1.0) if robot else (0.8, 1.2),
+        source_jitter=shapes.source_jitter,
         ema_decay=0.999,
         publish_every=200,
         evaluate_every=5_000,
@@ -218,10 +236,10 @@ def _full(benchmark: Benchmark) -> Preset:
 
 
 def _mini(benchmark: Benchmark) -> Preset:
-    """Schedule and size of the rendered miniature: the demo on two cores."""
-    robot = benchmark.name == "city2robot"
-    target = (240, 180) if robot else (240, 120)
-    common: dict[str, Any] = {"batch": 4, "source_size": (240, 135), "target_size": target, "crop": (192, 96)}
+    """Schedule and size for two cores: the demo on a rendered miniature, or a first run on images of one's own."""
+    source, target = benchmark.shapes.small(240)
+    crop = common_part(source, target, 0.8, 0.8)
+    common: dict[str, Any] = {"batch": 4, "source_size": source, "target_size": target, "crop": crop}
     return Preset(
         name="mini",
         network=DeepLabConfig.small(len(benchmark.classes.names)),
@@ -237,7 +255,7 @@ def _mini(benchmark: Benchmark) -> Preset:
         rates="flat",
         clip_norm=2.0,
         jitter=(0.8, 1.2),
-        source_jitter=(1.0, 1.0) if robot else (0.8, 1.2),
+        source_jitter=benchmark.shapes.source_jitter,
         ema_decay=0.98,
         publish_every=25,
         evaluate_every=100,
@@ -247,8 +265,9 @@ def _mini(benchmark: Benchmark) -> Preset:
 
 def _tiny(benchmark: Benchmark) -> Preset:
     """Seconds: for tests of the whole engine. Its scores mean nothing."""
-    target = (96, 72) if benchmark.name == "city2robot" else (128, 64)
-    common: dict[str, Any] = {"batch": 2, "source_size": (128, 72), "target_size": target, "crop": (64, 48)}
+    source, target = benchmark.shapes.small(128)
+    crop = common_part(source, target, 0.5, 0.75)
+    common: dict[str, Any] = {"batch": 2, "source_size": source, "target_size": target, "crop": crop}
     small = DeepLabConfig(
         num_classes=len(benchmark.classes.names),
         layers=(1, 1, 1, 1),
@@ -272,7 +291,7 @@ def _tiny(benchmark: Benchmark) -> Preset:
         rates="published",
         clip_norm=None,
         jitter=(0.8, 1.2),
-        source_jitter=(1.0, 1.0) if benchmark.name == "city2robot" else (0.8, 1.2),
+        source_jitter=benchmark.shapes.source_jitter,
         ema_decay=0.9,
         publish_every=5,
         evaluate_every=0,

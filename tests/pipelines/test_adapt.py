@@ -117,7 +117,7 @@ def watched(tmp_path, monkeypatch, started):
         labels={},
         make_scorer=lambda: None,
         target_reader=None,
-        domains=SimpleNamespace(target=range(8)),
+        domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
     run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {})
     run.told = []
@@ -195,6 +195,14 @@ def test_students_that_resume_before_a_complete_round_find_teachers(watched, sta
     watched._reopen_round()
     watched._look()
     assert "Teacher" in names(started)
+
+
+def test_without_target_labels_there_is_no_evaluator_and_no_score(watched, started, tmp_path):
+    watched.setup.domains.validation = None
+    watched._look()
+    assert names(started) == ["Teacher", "Teacher"]
+    CheckpointStore(tmp_path / "checkpoints").save(10, {"step": 10})
+    assert watched._score({}) == {}
 
 
 def test_without_labels_there_are_no_teachers(watched, started):

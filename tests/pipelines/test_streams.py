@@ -2,6 +2,7 @@ import os
 import queue
 import stat
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -324,25 +325,51 @@ def test_a_reader_is_sent_the_files_of_a_segment_and_not_the_list_of_all(tiny, r
     assert sent == [ReadPlan(SIZE, tiny.source.label_encoding, NO_CACHE, 0.25)]
 
 
-def test_the_first_block_is_read_at_once_and_ray_data_reads_the_others_without_their_spares(tiny):
+class FakeDataset:
+    def __init__(self, tables, asked):
+        self.tables, self.asked = tables, asked
+
+    def iter_batches(self, **how):
+        self.asked.append(how)
+        yield from self.tables
+
+
+def read_plan(asked):
+    """A read plan whose Ray Data delivers names of blocks, and notes what it was asked for."""
+
+    def dataset(blocks):
+        asked.append(blocks)
+        return FakeDataset([f"block at {block[0].position}" for block in blocks], asked)
+
+    return SimpleNamespace(dataset=dataset, size=SIZE, encoding=None, cache=NO_CACHE)
+
+
+def test_the_first_blocks_are_read_at_once_and_ray_data_reads_the_others_without_their_spares(tiny):
     asked = []
-
-    class Dataset:
-        def iter_batches(self, **how):
-            asked.append(how)
-            yield from ("second", "third")
-
-    stream = sample_stream(tiny.target)
-    blocks = stream.blocks(np.arange(9), 3)
-    plan = ReadPlan(SIZE, None, NO_CACHE, 0.25)
-    given = SimpleNamespace(
-        dataset=lambda made: asked.append(made) or Dataset(), size=plan.size, encoding=None, cache=plan.cache
-    )
-    first, *rest = SegmentReader().read(given, blocks)
-    assert first.equals(read_block(blocks[0], SIZE, None, NO_CACHE))
-    assert rest == ["second", "third"]
-    assert asked[0] == blocks[1:]
+    blocks = sample_stream(tiny.target).blocks(np.arange(15), 3)
+    *direct, fourth, fifth = SegmentReader().read(read_plan(asked), blocks)
+    for table, block in zip(direct, blocks[:3], strict=True):
+        assert table.equals(read_block(block, SIZE, None, NO_CACHE))
+    assert (fourth, fifth) == ("block at 9", "block at 12")
+    assert asked[0] == blocks[3:]
     assert (asked[1]["batch_size"], asked[1]["batch_format"]) == (3, "pyarrow")
+
+
+def test_ray_data_does_not_start_beside_the_first_step_but_runs_ahead_of_later_segments(tiny):
+    asked, reader = [], SegmentReader()
+    blocks = sample_stream(tiny.target).blocks(np.arange(15), 3)
+    first = reader.read(read_plan(asked), blocks)
+    for _ in range(3):
+        next(first)
+        time.sleep(0.02)
+        assert asked == []
+    assert list(first) == ["block at 9", "block at 12"]
+    asked.clear()
+    next(reader.read(read_plan(asked), blocks))
+    deadline = time.monotonic() + 5
+    while len(asked) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_segment_of_one_block_needs_no_ray_data(tiny):

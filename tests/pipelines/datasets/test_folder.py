@@ -177,23 +177,7 @@ def test_a_missing_file_and_a_folder_are_no_description(tmp_path):
         read_folder(tmp_path)
 
 
-SCRAPS = [
-    "images",
-    "labels",
-    "classes",
-    "ids",
-    "=",
-    "[",
-    "]",
-    "[[classes]]",
-    '"',
-    "photos/*",
-    "**",
-    "\n",
-    "-1",
-    "{",
-    "\x00",
-]
+SCRAPS = ("images", "labels", "classes", "ids", "=", "[", "]", "[[classes]]", '"', "photos/*", "-1", "{", "\n", "\x00")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

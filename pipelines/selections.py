@@ -22,7 +22,7 @@ class PercentileSelection:
 
     keep_share: float
     sure: float = 0.9
-    min_pixels: int = 100
+    min_pixels: int = 1
 
     def thresholds(self, histogram: np.ndarray) -> np.ndarray:
         """See :class:`actors.protocols.Selection`."""

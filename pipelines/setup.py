@@ -110,6 +110,7 @@ def resolve(options: AdaptOptions) -> Setup:
         preset=size,
         num_classes=len(pair.classes.names),
         seed=options.seed,
+        bonnet=pair.bonnet,
         faithful=options.faithful,
         refresh=options.resolved_refresh,
         source=_opener(domains.source, options.seed, "source", cache),

@@ -47,6 +47,8 @@ class Folder:
     name: str
     classes: ClassSet | None
     """None where the file names no classes."""
+    encoding: LabelEncoding | None
+    """Of its label files; None where the file names no classes."""
     images: Split
     """All images, without labels."""
     labelled: Split | None
@@ -55,13 +57,13 @@ class Folder:
     """Images for which the label pattern finds no file; empty where the file names no labels."""
 
 
-def read_folder(path: str | Path, *, classes: ClassSet | None = None) -> Folder:
+def read_folder(path: str | Path, *, source: Folder | None = None) -> Folder:
     """Open the dataset that a TOML file describes.
 
     Args:
         path: the TOML file.
-        classes: of the source domain, for a target file. Classes of the same names are put in the source's order; a
-            target with labels and no classes of its own uses the source's ids.
+        source: the source domain, for a target file. Its classes are the target's; a target that lists them itself
+            may do so in another order and with other ids, one that does not has label files like the source's.
 
     Raises:
         DataError: the file is missing, no TOML, has an unknown or missing key, names no images, or has classes that
@@ -74,14 +76,15 @@ def read_folder(path: str | Path, *, classes: ClassSet | None = None) -> Folder:
     if not images:
         raise DataError(f"{path}: no file matches images = {plain['images']!r} in {path.absolute().parent}")
     own, encoding = _classes(path, name, plain)
-    if classes is not None:
-        own, encoding = _in_order_of(path, own, encoding, classes)
+    if source is not None and source.classes is not None:
+        encoding = source.encoding if encoding is None else _in_order_of(path, own, encoding, source.classes)
+        own = source.classes
     keys = sorted(images)
     ids = tuple(_image_id(path, images[key]) for key in keys)
     split = Split(name, ids, tuple(str(images[key]) for key in keys))
     labels = _labels(path, plain, name)
     if labels is None:
-        return Folder(path, name, own, split, None, ())
+        return Folder(path, name, own, encoding, split, None, ())
     if encoding is None:
         raise DataError(f'{path}: it names labels but no classes; add classes = ["…", "…"]')
     _refuse_same_files(path, images, labels)
@@ -100,7 +103,7 @@ def read_folder(path: str | Path, *, classes: ClassSet | None = None) -> Folder:
         encoding,
     )
     missing = tuple(split.image_paths[i] for i, key in enumerate(keys) if key not in labels)
-    return Folder(path, name, own, split, labelled, missing)
+    return Folder(path, name, own, encoding, split, labelled, missing)
 
 
 def default_colours(count: int) -> tuple[Colour, ...]:
@@ -216,6 +219,8 @@ def _classes(path: Path, name: str, plain: dict[str, Any]) -> tuple[ClassSet | N
         raise DataError(f'{path}: encoding is {encoding!r}; write "ids" or "colours"')
     entries = plain.get("classes")
     if entries is None:
+        if odd := sorted({"encoding", "ignore"} & set(plain)):
+            raise DataError(f"{path}: {odd[0]} says how classes are stored, but there are no classes; list them, too")
         return None, None
     if not isinstance(entries, list) or not all(isinstance(entry, str | dict) for entry in entries):
         raise DataError(f"{path}: classes must be a list of names, or [[classes]] tables with name, ids and colour")
@@ -292,20 +297,17 @@ def _colour(path: Path, value: Any, title: str) -> Colour:
     raise DataError(f'{path}: colour of {title!r} is {value!r}; write "#1f77b4" or [31, 119, 180]')
 
 
-def _in_order_of(
-    path: Path, own: ClassSet | None, encoding: LabelEncoding | None, classes: ClassSet
-) -> tuple[ClassSet, LabelEncoding | None]:
+def _in_order_of(path: Path, own: ClassSet | None, encoding: LabelEncoding, classes: ClassSet) -> LabelEncoding:
     """A target's encoding in the source's train ids."""
-    if own is None or encoding is None:
-        return classes, encoding
-    if set(own.names) != set(classes.names):
-        odd = sorted(set(own.names) ^ set(classes.names))
+    names = own.names if own is not None else ()
+    if set(names) != set(classes.names):
+        odd = sorted(set(names) ^ set(classes.names))
         raise DataError(
-            f"{path}: its classes are {', '.join(own.names)}, those of the source {', '.join(classes.names)} "
+            f"{path}: its classes are {', '.join(names)}, those of the source {', '.join(classes.names)} "
             f"({odd[0]!r} is only in one of them); both domains need the same classes"
         )
-    order = {index: classes.index(name) for index, name in enumerate(own.names)}
+    order = {index: classes.index(name) for index, name in enumerate(names)}
     mapping = {
         raw: order.get(train_id, IGNORE) for raw, train_id in zip(encoding.raw_ids, encoding.train_ids, strict=True)
     }
-    return classes, LabelEncoding.of(encoding.name, encoding.channel, mapping)
+    return LabelEncoding.of(encoding.name, encoding.channel, mapping)

@@ -145,6 +145,7 @@ class Ingredients:
         preset: schedule and size.
         num_classes: outputs of the network.
         seed: of the run.
+        bonnet: share of a target image's height, from below, that shows the camera's own car.
         faithful: reproduce the published behaviour where the default differs.
         refresh: ``once`` or ``continuous``.
         source: opens the labelled source stream at a base size with a view.
@@ -155,6 +156,7 @@ class Ingredients:
     preset: Preset
     num_classes: int
     seed: int
+    bonnet: float
     faithful: bool
     refresh: Literal["once", "continuous"]
     source: Callable[[Size, View], Stream]

@@ -1,10 +1,12 @@
 import shutil
 
 import pytest
+from PIL import Image
 
-from pipelines.benchmarks import BENCHMARKS, benchmark
+from pipelines.benchmarks import BENCHMARKS, benchmark, own_benchmark
 from pipelines.datasets import DataError
 from pipelines.datasets.miniature import write_miniature
+from tests.own_data import write_own_data
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +81,72 @@ def test_a_data_root_without_the_dataset_says_what_is_expected_and_what_was_foun
 def test_an_unknown_miniature_size_lists_the_known_ones(tmp_path):
     with pytest.raises(DataError, match="tiny, mini"):
         benchmark("gta2city").miniature("huge", tmp_path)
+
+
+def test_two_toml_files_are_a_benchmark(tmp_path):
+    pair, domains = own_benchmark(*write_own_data(tmp_path, classes=3))
+    assert (pair.name, pair.classes.names) == ("source2target", ("class 0", "class 1", "class 2"))
+    assert pair.protocols == {"3": (0, 1, 2)}
+    assert (len(domains.source), len(domains.target), len(domains.validation)) == (8, 8, 8)
+    assert not domains.target.labelled
+    assert domains.target_labelled is None
+
+
+def test_an_oracle_needs_other_images_to_be_scored_on(tmp_path):
+    source, target = write_own_data(tmp_path / "a")
+    _, held_out = write_own_data(tmp_path / "b", images=4)
+    _, domains = own_benchmark(source, target, held_out)
+    assert (len(domains.target_labelled), len(domains.validation)) == (8, 4)
+
+
+def test_a_target_without_labels_is_not_scored(tmp_path):
+    _, domains = own_benchmark(*write_own_data(tmp_path, target_labels=False))
+    assert domains.validation is None
+
+
+def test_own_images_are_seen_in_their_own_proportions_and_never_enlarged(tmp_path):
+    pair, _ = own_benchmark(*write_own_data(tmp_path, sizes=((300, 400),)))
+    assert pair.shapes.target == pair.shapes.target_again == (300, 400)
+    assert pair.shapes.small(240) == ((180, 240), (180, 240))
+    large, _ = own_benchmark(*write_own_data(tmp_path / "large", sizes=((2400, 1200),), images=1))
+    assert large.shapes.target == (1024, 512)
+    assert large.shapes.crops[0] == (round(0.8 * 1024), round(0.8 * 512))
+
+
+def test_sizes_that_differ_are_resized_to_the_middle_proportions(tmp_path):
+    pair, _ = own_benchmark(*write_own_data(tmp_path, sizes=((64, 48), (48, 64), (80, 40)), images=6))
+    assert pair.shapes.target == (64, 48)
+
+
+def test_a_photo_that_is_turned_by_its_exif_data_counts_upright(tmp_path):
+    source, target = write_own_data(tmp_path, sizes=((64, 48),))
+    for path in (tmp_path / "target" / "photos").glob("*.jpg"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(path).save(path, exif=exif)
+    _, domains = own_benchmark(source, target)
+    assert domains.target.image(0).shape == (64, 48, 3)
+    assert own_benchmark(source, target)[0].shapes.target == (48, 64)
+
+
+def test_a_source_without_labels_or_with_some_missing_is_refused(tmp_path):
+    source, target = write_own_data(tmp_path, target_labels=False)
+    with pytest.raises(DataError, match=r"target\.toml: a source domain needs labels"):
+        own_benchmark(target, target)
+    (tmp_path / "source" / "masks" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 8 images have no label, the first is .*3\.jpg"):
+        own_benchmark(source, target)
+
+
+def test_validation_images_need_labels(tmp_path):
+    source, target = write_own_data(tmp_path, target_labels=False)
+    with pytest.raises(DataError, match="images to score on need labels"):
+        own_benchmark(source, target, target)
+
+
+def test_images_of_which_none_can_be_read_are_refused(tmp_path):
+    source, target = write_own_data(tmp_path)
+    for path in (tmp_path / "target" / "photos").glob("*.jpg"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of the images that were tried can be read"):
+        own_benchmark(source, target)

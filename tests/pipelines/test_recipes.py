@@ -48,6 +48,7 @@ def ingredients(size, bench="gta2city", **more):
         "preset": preset(size, pair),
         "num_classes": len(pair.classes.names),
         "seed": 3,
+        "bonnet": pair.bonnet,
         "faithful": False,
         "refresh": "continuous",
         "source": Opener("source"),
@@ -187,6 +188,40 @@ def test_the_faithful_run_is_the_published_one():
     view = second.streams["target"][2]
     assert view.colour == 0.0
     assert second.labels.rule.ignore_bottom == 0.0
+
+
+def test_the_cameras_own_bonnet_is_left_out_where_there_is_one():
+    def rule(options, **more):
+        return stages("eplc", options, **more)[1].labels.rule
+
+    assert rule(EplcOptions()).ignore_bottom == 0.23
+    assert rule(EplcOptions(), bonnet=0.0).ignore_bottom == 0.0
+    assert rule(EplcOptions(ignore_bottom=0.1)).ignore_bottom == 0.1
+
+
+@pytest.mark.parametrize(("classes", "values"), [(2, 1), (3, 1), (9, 4), (19, 10), (40, 10)])
+def test_a_crop_of_few_classes_need_not_show_many(classes, values):
+    stage = stages("eplc", EplcOptions(), num_classes=classes)[1]
+    assert stage.streams["target"][2].more_than_values == values
+
+
+def test_the_fewest_pixels_of_a_percentile_scale_with_the_labels_area():
+    selection = stages("eplc", EplcOptions())[1].labels.selection
+    assert selection.min_pixels == 1024 * 512 // 288
+    small = recipe("eplc").stages(ingredients("mini"), EplcOptions())[1].labels.selection
+    assert small.min_pixels == 100
+
+
+def test_a_preset_at_another_batch_and_image_size():
+    mini = preset("mini", benchmark("synthia2city")).with_batch(1).with_scale(2)
+    first, second = mini.stages
+    assert (first.batch, second.batch) == (1, 1)
+    assert (second.source_size, second.target_size, second.crop) == ((480, 270), (480, 240), (384, 192))
+    assert (mini.label_size, mini.score_views, mini.label_views) == (
+        (480, 240),
+        ((480, 240),),
+        ((384, 192), (480, 240)),
+    )
 
 
 def test_published_options_keep_a_rule_that_was_published():

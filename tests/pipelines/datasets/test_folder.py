@@ -111,11 +111,17 @@ def test_a_colour_image_is_no_map_of_ids(tmp_path):
 
 def test_a_target_may_list_the_classes_of_its_source_in_another_order(tmp_path):
     source = read_folder(write_folder(tmp_path / "s", PAIRED + 'classes = ["water", "boat", "quay"]'))
-    target = read_folder(
-        write_folder(tmp_path / "t", PAIRED + 'classes = ["quay", "water", "boat"]'), classes=source.classes
-    )
+    target = read_folder(write_folder(tmp_path / "t", PAIRED + 'classes = ["quay", "water", "boat"]'), source=source)
     assert target.classes == source.classes
     assert target.labelled.label(0).tolist() == [[2, 0], [1, 255]]
+
+
+def test_a_target_that_lists_no_classes_has_labels_like_the_source(tmp_path):
+    text = 'classes = [{name = "water", ids = 2}, {name = "boat", ids = [0, 1]}]'
+    source = read_folder(write_folder(tmp_path / "s", PAIRED + text))
+    target = read_folder(write_folder(tmp_path / "t", PAIRED), source=source)
+    assert target.labelled.label(0).tolist() == [[1, 1], [0, 255]]
+    assert target.classes.names == ("water", "boat")
 
 
 def test_colours_are_chosen_where_none_are_given_and_differ(tmp_path):
@@ -141,6 +147,7 @@ def test_255_classes_leave_255_to_ignore(tmp_path):
         ('images = "photos/a"', "names a single file"),
         ('images = "photos/**/*.*"\nlabels = "masks/*.png"\nclasses = ["a", "b"]', "same number"),
         (PAIRED, "names labels but no classes"),
+        (PAIRED + "ignore = 3", "there are no classes"),
         (PAIRED + 'classes = ["a"]', "from 2 to 255"),
         (PAIRED + 'classes = ["a", "a"]', "a name of its own"),
         (PAIRED + 'classes = "a"', "list of names"),
@@ -167,7 +174,7 @@ def test_a_target_of_other_classes_is_refused(tmp_path):
     source = read_folder(write_folder(tmp_path / "s", PAIRED + 'classes = ["water", "boat", "quay"]'))
     path = write_folder(tmp_path / "t", PAIRED + 'classes = ["water", "boat"]')
     with pytest.raises(DataError, match="'quay' is only in one"):
-        read_folder(path, classes=source.classes)
+        read_folder(path, source=source)
 
 
 def test_a_missing_file_and_a_folder_are_no_description(tmp_path):

@@ -22,13 +22,11 @@ else:
 
 
 @dataclass(frozen=True)
-class AdaptOptions:
-    """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
+class DataOptions:
+    """Which data are read."""
 
     benchmark: str = "synthia2city"
     """Which pair of domains: gta2city, synthia2city or city2robot."""
-    recipe: str = "eplc"
-    """Which system adapts: eplc or mrnet."""
     source: str | None = None
     """TOML file of a labelled source domain of your own, instead of a benchmark."""
     target: str | None = None
@@ -39,6 +37,38 @@ class AdaptOptions:
     """Folder with the real datasets. Without it the benchmark runs on its rendered miniature."""
     preset: Literal["auto", "full", "mini", "tiny"] = "auto"
     """Schedule and size. auto: full on real data, mini on the miniature and on images of your own."""
+    data: str = "data"
+    """Folder for rendered miniatures and decoded images."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if (self.source is None) != (self.target is None):
+            given, missing = ("source", "target") if self.target is None else ("target", "source")
+            raise RunError(f"--{given} is given without --{missing}; a benchmark of your own needs both")
+        if self.source is not None and self.data_root is not None:
+            raise RunError("--data-root belongs to the published benchmarks; leave it out, or --source and --target")
+        if self.validation is not None and self.target is None:
+            raise RunError("--validation belongs to images of your own; give --source and --target, too")
+
+    @property
+    def on_miniature(self) -> bool:
+        """Whether the data are rendered."""
+        return self.data_root is None and self.source is None
+
+    @property
+    def resolved_preset(self) -> str:
+        """The preset that auto stands for."""
+        if self.preset != "auto":
+            return self.preset
+        return "mini" if self.data_root is None else "full"
+
+
+@dataclass(frozen=True)
+class AdaptOptions(DataOptions):
+    """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
+
+    recipe: str = "eplc"
+    """Which system adapts: eplc or mrnet."""
     steps: int | None = None
     """Total optimiser steps, instead of the preset's; every stage keeps its share."""
     batch: int | None = None
@@ -64,8 +94,6 @@ class AdaptOptions:
     """Name of the run directory. Default: benchmark, recipe, seed and the time of day."""
     runs: str = "runs"
     """Folder of all run directories."""
-    data: str = "data"
-    """Folder for rendered miniatures and decoded images."""
     cache: bool = True
     """Keep decoded images in the data folder (about 3 MB each at full size)."""
     address: str | None = None
@@ -78,17 +106,10 @@ class AdaptOptions:
     """Options of the recipe mrnet."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("students", "teachers", "threads"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name} is {getattr(self, name)}; a run needs at least one")
-        check_choices(self)
-        if (self.source is None) != (self.target is None):
-            given, missing = ("source", "target") if self.target is None else ("target", "source")
-            raise RunError(f"--{given} is given without --{missing}; a benchmark of your own needs both")
-        if self.source is not None and self.data_root is not None:
-            raise RunError("--data-root belongs to the published benchmarks; leave it out, or --source and --target")
-        if self.validation is not None and self.target is None:
-            raise RunError("--validation belongs to images of your own; give --source and --target, too")
         if self.batch is not None and self.batch < 1:
             raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
         if not 0.1 <= self.scale <= 20:
@@ -102,18 +123,6 @@ class AdaptOptions:
         if self.refresh != "auto":
             return self.refresh
         return "once" if self.faithful else "continuous"
-
-    @property
-    def on_miniature(self) -> bool:
-        """Whether the data are rendered."""
-        return self.data_root is None and self.source is None
-
-    @property
-    def resolved_preset(self) -> str:
-        """The preset that auto stands for."""
-        if self.preset != "auto":
-            return self.preset
-        return "mini" if self.data_root is None else "full"
 
     def folder(self) -> Path:
         """The run directory, absolute.
@@ -130,8 +139,14 @@ def write_config(options: AdaptOptions) -> None:
     """Write the resolved options beside the run."""
     path = options.folder() / "config.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}
-    path.write_bytes(tomli_w.dumps(plain).encode())
+    path.write_bytes(tomli_w.dumps(_without_none(dataclasses.asdict(options))).encode())
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no word for None: what is left out has its default."""
+    return {
+        key: _without_none(item) if isinstance(item, dict) else item for key, item in value.items() if item is not None
+    }
 
 
 def read_config(folder: str | Path) -> AdaptOptions:

@@ -18,7 +18,7 @@ from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_benchmark
 from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
-from pipelines.options import AdaptOptions
+from pipelines.options import AdaptOptions, DataOptions
 from pipelines.recipes import recipe
 from pipelines.recipes.recipe import Ingredients, Preset, Size, preset
 from pipelines.recipes.supervised import reference_stages
@@ -134,7 +134,7 @@ def resolve(options: AdaptOptions) -> Setup:
     return Setup(named, pair, domains, size, plan, references, cache)
 
 
-def choose_pair(options: AdaptOptions) -> tuple[Benchmark, Callable[[], Domains]]:
+def choose_pair(options: DataOptions) -> tuple[Benchmark, Callable[[], Domains]]:
     """What is adapted to what, and what opens (or renders) it; a wrong option should not cost a rendering."""
     if options.source is not None and options.target is not None:
         own, domains = own_benchmark(options.source, options.target, options.validation)
@@ -143,7 +143,7 @@ def choose_pair(options: AdaptOptions) -> tuple[Benchmark, Callable[[], Domains]
     return pair, lambda: open_domains(options, pair)
 
 
-def open_domains(options: AdaptOptions, pair: Published) -> Domains:
+def open_domains(options: DataOptions, pair: Published) -> Domains:
     """The published datasets, or the miniature of the preset's size."""
     if options.data_root is not None:
         return pair.open(options.data_root)

@@ -47,16 +47,21 @@ class LabelEncoding:
     """Every raw id that means something, ascending."""
     train_ids: tuple[int, ...]
     """What they mean, in the same order; 255 = ignore. A raw id that is not listed is ignored, too."""
+    complete: bool = False
+    """Whether every id that occurs should be listed. The published datasets have ids that nobody uses."""
 
     @staticmethod
-    def of(name: str, channel: Channel, mapping: dict[int, int]) -> LabelEncoding:
+    def of(name: str, channel: Channel, mapping: dict[int, int], *, complete: bool = False) -> LabelEncoding:
         """Build an encoding from a map raw id → train id."""
         raw_ids = tuple(sorted(mapping))
-        return LabelEncoding(name, channel, raw_ids, tuple(mapping[raw] for raw in raw_ids))
+        return LabelEncoding(name, channel, raw_ids, tuple(mapping[raw] for raw in raw_ids), complete)
 
     def decode(self, path: str) -> NDArray[np.uint8]:
         """Read the label file at `path` as train ids, (H, W) uint8."""
-        raw = self.raw(path)
+        return self.meaning_of(self.raw(path))
+
+    def meaning_of(self, raw: NDArray[Any]) -> NDArray[np.uint8]:
+        """Raw ids, (H, W) uint8, uint16 or (colours) uint32, as train ids."""
         train_ids = np.array(self.train_ids, np.uint8)
         if raw.dtype == np.uint32:
             place = np.searchsorted(self.raw_ids, raw).clip(max=len(self.raw_ids) - 1)

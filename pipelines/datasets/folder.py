@@ -251,7 +251,7 @@ def _classes(path: Path, name: str, plain: dict[str, Any]) -> tuple[ClassSet | N
     for raw in _ignored(path, plain, encoding, owners):
         mapping[raw] = IGNORE
     channel: Any = "colour" if encoding == "colours" else "number"
-    return ClassSet(name, tuple(names), tuple(palette)), LabelEncoding.of(name, channel, mapping)
+    return ClassSet(name, tuple(names), tuple(palette)), LabelEncoding.of(name, channel, mapping, complete=True)
 
 
 def _class_ids(path: Path, table: dict[str, Any], index: int, encoding: str, colour: Colour) -> list[int]:
@@ -310,4 +310,4 @@ def _in_order_of(path: Path, own: ClassSet | None, encoding: LabelEncoding, clas
     mapping = {
         raw: order.get(train_id, IGNORE) for raw, train_id in zip(encoding.raw_ids, encoding.train_ids, strict=True)
     }
-    return LabelEncoding.of(encoding.name, encoding.channel, mapping)
+    return LabelEncoding.of(encoding.name, encoding.channel, mapping, complete=True)

@@ -1,0 +1,192 @@
+"""Look at every file of a benchmark before a run does: counts, sizes, class shares, and whatever is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.errors import UnreadableImage
+from pipelines import pictures
+from pipelines.datasets.classes import IGNORE, ClassSet
+from pipelines.datasets.dataset import LabelEncoding, Size, Split, read_image
+from pipelines.options import DataOptions
+from pipelines.setup import choose_pair
+
+OVERLAYS = 4
+OVERLAY_SIDE = 480
+"""Longer side of an overlay, in pixels."""
+IN_FLIGHT = 64
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one image and its label hold."""
+
+    size: Size | None
+    pixels: NDArray[np.int64] | None
+    """Pixels of every train id, 256; None without a label that can be read."""
+    unmapped: dict[int, int]
+    """Raw ids that nothing is said about, and their pixels."""
+    problem: str | None
+
+
+@dataclass
+class DomainReport:
+    """What was found in one split."""
+
+    name: str
+    labelled: bool
+    images: int = 0
+    sizes: Counter[Size] = field(default_factory=Counter)
+    pixels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    """Pixels of every train id over all labels."""
+    present: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
+    """Labels that hold a train id at all."""
+    unmapped: Counter[int] = field(default_factory=Counter)
+    """Files that hold a raw id that nothing is said about."""
+    examples: dict[int, str] = field(default_factory=dict)
+    """The first file that holds it."""
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, path: str, seen: Seen) -> None:
+        """Count one image."""
+        self.images += 1
+        if seen.size is not None:
+            self.sizes[seen.size] += 1
+        if seen.pixels is not None:
+            self.pixels += seen.pixels
+            self.present += seen.pixels > 0
+        for raw in seen.unmapped:
+            self.unmapped[raw] += 1
+            self.examples.setdefault(raw, path)
+        if seen.problem is not None:
+            self.problems.append(seen.problem)
+
+    def shares(self, classes: int) -> NDArray[np.float64]:
+        """Share of every class among the labelled pixels, float64 C; zeros without any."""
+        counted = self.pixels[:classes]
+        return counted / max(1, counted.sum())
+
+    @property
+    def ignored_share(self) -> float:
+        """Share of the pixels that are ignored."""
+        return float(self.pixels[IGNORE] / max(1, self.pixels.sum()))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found."""
+
+    classes: ClassSet
+    domains: tuple[DomainReport, ...]
+    overlays: tuple[Path, ...]
+
+    @property
+    def mistakes(self) -> list[str]:
+        """One sentence for everything that a run would stumble over or learn wrongly."""
+        said = []
+        for domain in self.domains:
+            said += domain.problems
+            colours = max(domain.unmapped, default=0) > 65535
+            for raw, files in sorted(domain.unmapped.items()):
+                shown = f"colour #{raw:06x}" if colours else f"id {raw}"
+                said.append(
+                    f"{domain.name}: {shown} occurs in {files} label files and belongs to no class, first in "
+                    f"{domain.examples[raw]}; add it to a class or to ignore"
+                )
+        return said
+
+
+def check(options: DataOptions, out: Path, progress: Callable[[str, int, int], None]) -> Report:
+    """Read every image and label of a benchmark once.
+
+    Args:
+        options: which data.
+        out: folder for four overlays.
+        progress: told (domain, files done, files in all).
+
+    Raises:
+        DataError: the data are not laid out as expected, so that there is nothing to read.
+    """
+    pair, open_data = choose_pair(options)
+    domains = open_data()
+    target = domains.target if domains.target_labelled is None else domains.target_labelled
+    splits = {"source": domains.source, "target": target}
+    if domains.validation is not None and domains.validation.image_paths != target.image_paths:
+        splits["validation"] = domains.validation
+    elif domains.validation is not None:
+        splits["target"] = domains.validation
+    reports = tuple(_check_split(name, split, progress) for name, split in splits.items())
+    labelled = [split for split in splits.values() if split.labelled]
+    return Report(pair.classes, reports, tuple(_write_overlays(labelled, pair.classes, out)))
+
+
+def look(image_path: str, label_path: str | None, encoding: LabelEncoding | None) -> Seen:
+    """Decode one image and its label."""
+    try:
+        image = read_image(image_path)
+    except UnreadableImage as error:
+        return Seen(None, None, {}, str(error))
+    size = image.shape[1], image.shape[0]
+    if label_path is None or encoding is None:
+        return Seen(size, None, {}, None)
+    try:
+        raw = encoding.raw(label_path)
+    except UnreadableImage as error:
+        return Seen(size, None, {}, str(error))
+    unmapped: dict[int, int] = {}
+    if encoding.complete:
+        ids, counts = np.unique(raw, return_counts=True)
+        unknown = ~np.isin(ids, encoding.raw_ids)
+        unmapped = dict(zip(ids[unknown].tolist(), counts[unknown].tolist(), strict=True))
+    problem = None
+    if raw.shape != image.shape[:2]:
+        problem = (
+            f"{label_path} is {raw.shape[1]}×{raw.shape[0]} and its image {image_path} {size[0]}×{size[1]}; "
+            "both need the same size"
+        )
+    pixels = np.bincount(encoding.meaning_of(raw).reshape(-1), minlength=256)
+    return Seen(size, pixels, unmapped, problem)
+
+
+def _check_split(name: str, split: Split, progress: Callable[[str, int, int], None]) -> DomainReport:
+    report = DomainReport(name, split.labelled)
+    labels = split.label_paths or (None,) * len(split)
+    jobs = iter(zip(split.image_paths, labels, strict=True))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        while chunk := list(islice(jobs, IN_FLIGHT)):
+            seen = pool.map(lambda job: look(job[0], job[1], split.label_encoding), chunk)
+            for (image, label), found in zip(chunk, seen, strict=True):
+                report.add(label or image, found)
+            progress(name, report.images, len(split))
+    return report
+
+
+def _write_overlays(splits: list[Split], classes: ClassSet, out: Path) -> Iterator[Path]:
+    """Overlays of images spread over the labelled splits, in turns."""
+    for number in range(OVERLAYS):
+        split = splits[number % len(splits)]
+        turn, turns = number // len(splits), -(-OVERLAYS // len(splits))
+        index = turn * len(split) // turns
+        try:
+            image, label = split.image(index), split.label(index)
+        except UnreadableImage:
+            continue
+        if image.shape[:2] != label.shape:
+            continue
+        factor = min(1.0, OVERLAY_SIDE / max(label.shape))
+        size = max(1, round(label.shape[1] * factor)), max(1, round(label.shape[0] * factor))
+        image, label = split.image(index, size), split.label(index, size)
+        both = pictures.side_by_side([image, pictures.overlay(image, label, classes)])
+        shown = [train_id for train_id in np.unique(label).tolist() if train_id != IGNORE]
+        path = out / f"{number}-{split.name.replace('/', '-')}.png"
+        pictures.save(pictures.with_key(both, classes, shown, split.image_ids[index]), path)
+        yield path

@@ -1,0 +1,44 @@
+"""Whole runs on folders of one's own: few classes and many, images of mixed sizes, one image a batch."""
+
+import json
+
+import pytest
+
+from tests.engine.engine_runs import start_run
+from tests.own_data import write_own_data
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("classes", "sizes"),
+    [
+        (2, ((64, 48), (48, 64), (80, 40))),
+        (3, ((200, 150), (120, 300))),
+        (40, ((33, 33), (400, 64))),
+    ],
+)
+def test_a_benchmark_of_ones_own_runs_from_two_files_to_a_score(local_ray, tmp_path, classes, sizes):
+    source, target = write_own_data(tmp_path, classes=classes, sizes=sizes)
+    run = start_run(
+        tmp_path / "runs", tmp_path / "data", source=source, target=target, batch=1, steps=8, refresh="once"
+    )
+    outcome = run.go()
+    results = json.loads((outcome.folder / "results.json").read_text())
+    assert (results["benchmark"], results["data"]) == ("source2target", "real")
+    assert len(results["scores"]["adapted"]["per_class"]) == classes
+    assert results["scores"]["adapted"]["images"] == 8
+    assert results["teachers"]["labels_made"] >= 8
+    assert results["labels"]["read"] > 0
+    assert results["skipped"] == []
+
+
+def test_a_target_without_labels_is_adapted_to_and_not_scored(local_ray, tmp_path):
+    source, target = write_own_data(tmp_path, target_labels=False)
+    run = start_run(
+        tmp_path / "runs", tmp_path / "data", source=source, target=target, batch=1, steps=8, refresh="once"
+    )
+    outcome = run.go()
+    assert set(outcome.results["scores"].values()) == {None}
+    assert outcome.results["gap_closed"] is None
+    assert outcome.results["protocol"]["label_size"] is None

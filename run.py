@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pipelines import environment
@@ -13,15 +16,32 @@ environment.prepare()
 
 import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn  # noqa: E402
+from rich.progress import (  # noqa: E402
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table  # noqa: E402
 
 from actors.errors import RunError, UnreadableImage  # noqa: E402
 from pipelines.datasets.dataset import DataError  # noqa: E402
-from pipelines.options import AdaptOptions, read_config  # noqa: E402
+from pipelines.options import AdaptOptions, DataOptions, read_config  # noqa: E402
 
 ROW_NAMES = {"source_only": "source-only", "adabn": "AdaBN", "adapted": "adapted", "oracle": "oracle"}
-COMMANDS = ("adapt", "evaluate")
+SHOWN_MISTAKES = 20
+COMMANDS = ("adapt", "evaluate", "predict", "data")
+HELP = {
+    "--resume RUN": "continue a stopped run",
+    "evaluate RUN": "score its newest checkpoint again, image by image",
+    "predict PATH …": "masks, overlays and confidence of your own pictures",
+    "data check": "look at every file before a run does",
+    "data prepare": "decode every file ahead of a run",
+}
+"""Other commands, and what they do; each has a --help of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +54,61 @@ class ResumeOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Score the newest checkpoint of a run again, without training."""
+    """Score the newest checkpoint of a run again, without training.
+
+    Writes evaluation/per_image.csv into the run directory (IoU of every class in every image), and evaluation/worst:
+    the ten worst images with their labels.
+    """
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Predict pictures of any size: for each a mask (class ids), a colour mask, an overlay and the confidence."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Pictures, folders of pictures, or patterns in quotes."""
+    run: str | None = None
+    """Run directory whose newest checkpoint predicts. Default: the run that saved one last."""
+    runs: str = "runs"
+    """Folder of all run directories."""
+    out: str = "predictions"
+    """Folder for the results."""
+    passes: int = 0
+    """Monte-Carlo dropout passes; more than 1 adds a heat map of the uncertainty. 10 is a good number."""
+    threads: int | None = None
+    """CPU threads. Default: all cores."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise RunError("predict needs at least one picture, folder or pattern")
+        if self.passes < 0 or self.passes == 1:
+            raise RunError(f"--passes is {self.passes}; give 0 for no uncertainty, or at least 2")
+        if self.threads is not None and self.threads < 1:
+            raise RunError(f"--threads is {self.threads}; give at least 1")
+
+
+@dataclass(frozen=True)
+class CheckOptions(DataOptions):
+    """Read every image and label once: counts, sizes, class shares, and everything that is wrong.
+
+    Exits with 1 if something is.
+    """
+
+    out: str = "data-check"
+    """Folder for four overlays of labels on their images."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions(DataOptions):
+    """Decode every file that a run reads, at every size it reads it at. A run does so itself on first use."""
+
+    recipe: str = "eplc"
+    """Recipe of the run: eplc or mrnet."""
+    scale: float = 1.0
+    """Scale of the run."""
 
 
 class Screen:
@@ -110,25 +181,35 @@ def main(arguments: list[str]) -> int:
     """
     console = Console(soft_wrap=True)
     try:
-        if arguments[:1] == ["evaluate"]:
-            return _evaluate(tyro.cli(EvaluateOptions, prog="run.py evaluate", args=arguments[1:]), console)
-        given = arguments[1:] if arguments[:1] == ["adapt"] else arguments
-        if any(item == "--resume" or item.startswith("--resume=") for item in given):
-            resume = tyro.cli(ResumeOptions, prog="run.py", args=given)
-            return _adapt(read_config(resume.resume), console, resume=True)
-        if given and not given[0].startswith("-"):
-            raise RunError(f"unknown command {given[0]!r}; known are {', '.join(COMMANDS)}")
-        description = (
-            f"{AdaptOptions.__doc__}\n\nOther commands: `run.py --resume RUN` continues a stopped run, "
-            "`run.py evaluate RUN` scores its newest checkpoint again."
-        )
-        return _adapt(tyro.cli(AdaptOptions, prog="run.py", description=description, args=given), console)
+        return _dispatch(arguments, console)
     except (RunError, DataError, UnreadableImage) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False, style="red")
         return 2
     except KeyboardInterrupt:
         console.print("aborted; the last checkpoint is what a resume continues from")
         return 130
+
+
+def _dispatch(arguments: list[str], console: Console) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
+    if command == "evaluate":
+        return _evaluate(tyro.cli(EvaluateOptions, prog="run.py evaluate", args=rest), console)
+    if command == "predict":
+        return _predict(tyro.cli(PredictOptions, prog="run.py predict", args=rest), console)
+    if command == "data":
+        if rest[:1] == ["check"]:
+            return _check(tyro.cli(CheckOptions, prog="run.py data check", args=rest[1:]), console)
+        if rest[:1] == ["prepare"]:
+            return _prepare(tyro.cli(PrepareOptions, prog="run.py data prepare", args=rest[1:]), console)
+        raise RunError("data needs one of: check, prepare")
+    if command not in ("", "adapt"):
+        raise RunError(f"unknown command {command!r}; known are {', '.join(COMMANDS)}")
+    if any(item == "--resume" or item.startswith("--resume=") for item in rest):
+        resume = tyro.cli(ResumeOptions, prog="run.py", args=rest)
+        return _adapt(read_config(resume.resume), console, resume=True)
+    others = "\n".join(f"  run.py {usage:<16} {what}" for usage, what in HELP.items())
+    description = f"{AdaptOptions.__doc__}\n\nOther commands:\n{others}"
+    return _adapt(tyro.cli(AdaptOptions, prog="run.py", description=description, args=rest), console)
 
 
 def _adapt(options: AdaptOptions, console: Console, *, resume: bool = False) -> int:
@@ -157,7 +238,107 @@ def _evaluate(options: EvaluateOptions, console: Console) -> int:
     from pipelines.rescore import rescore
 
     print_table(rescore(read_config(options.run)), console)
+    folder = Path(options.run).absolute() / "evaluation"
+    console.print(f"every class in every image: {folder / 'per_image.csv'}; the worst: {folder / 'worst'}")
     return 0
+
+
+def _predict(options: PredictOptions, console: Console) -> int:
+    from pipelines.predict import predict
+
+    with _progress(console) as bar:
+        task = bar.add_task("predicting", total=None)
+        done = predict(
+            options.paths,
+            options.out,
+            lambda made, total: bar.update(task, completed=made, total=total),
+            run=options.run,
+            runs=options.runs,
+            passes=options.passes,
+            threads=options.threads,
+        )
+    for sentence in done.skipped:
+        console.print(f"skipped: {sentence}", highlight=False, markup=False)
+    console.print(
+        f"{done.pictures} pictures predicted with step {done.step} of {done.run}, {len(done.skipped)} skipped. "
+        f"Results are in {done.out}",
+        highlight=False,
+    )
+    return 0
+
+
+def _check(options: CheckOptions, console: Console) -> int:
+    from pipelines.data_check import check
+
+    with _progress(console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(name: str, made: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(f"reading {name}", total=total)
+            bar.update(tasks[name], completed=made)
+
+        report = check(options, Path(options.out), progress)
+    table = Table(title="share of each class among the labelled pixels (in how many images it occurs)")
+    table.add_column("")
+    for domain in report.domains:
+        table.add_column(domain.name, justify="right")
+    table.add_row("images", *(str(domain.images) for domain in report.domains))
+    table.add_row("sizes", *(_sizes(domain.sizes) for domain in report.domains))
+    table.add_row("ignored", *(f"{domain.ignored_share:.1%}" if domain.labelled else "–" for domain in report.domains))
+    table.add_section()
+    shares = [domain.shares(len(report.classes)) for domain in report.domains]
+    for index, name in enumerate(report.classes.names):
+        cells = zip(report.domains, shares, strict=True)
+        row = (f"{share[index]:.2%} ({found.present[index]})" if found.labelled else "–" for found, share in cells)
+        table.add_row(name, *row)
+    console.print(table)
+    if report.overlays:
+        console.print(f"{len(report.overlays)} overlays are in {Path(options.out).absolute()}", highlight=False)
+    for sentence in report.mistakes[:SHOWN_MISTAKES]:
+        console.print(f"wrong: {sentence}", highlight=False, markup=False, style="red")
+    if len(report.mistakes) > SHOWN_MISTAKES:
+        console.print(f"and {len(report.mistakes) - SHOWN_MISTAKES} more of the kind")
+    console.print("nothing is wrong" if not report.mistakes else f"{len(report.mistakes)} things are wrong")
+    return 1 if report.mistakes else 0
+
+
+def _sizes(sizes: Counter[tuple[int, int]]) -> str:
+    """The commonest size, and how many others there are."""
+    if not sizes:
+        return "–"
+    (width, height), _ = sizes.most_common(1)[0]
+    others = f" and {len(sizes) - 1} others" if len(sizes) > 1 else ""
+    return f"{width}×{height}{others}"
+
+
+def _prepare(options: PrepareOptions, console: Console) -> int:
+    from pipelines.data_prepare import prepare
+
+    with _progress(console) as bar:
+        task = bar.add_task("decoding", total=None)
+        done = prepare(
+            AdaptOptions(**dataclasses.asdict(options)),
+            lambda made, total: bar.update(task, completed=made, total=total),
+        )
+    for path in done.unreadable:
+        console.print(f"unreadable: {path}", highlight=False, markup=False, style="red")
+    console.print(
+        f"{done.entries} entries, {done.bytes / 1e6:.0f} MB, in {Path(options.data).absolute()}; "
+        f"{len(done.unreadable)} files are unreadable",
+        highlight=False,
+    )
+    return 1 if done.unreadable else 0
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description:<18}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:

@@ -7,6 +7,7 @@ finds the newest one after a crash, a Ctrl-C or a reboot, and a full disk leaves
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -45,12 +46,16 @@ class CheckpointStore:
         """State of the newest complete checkpoint, on the CPU, or None.
 
         Raises:
-            RunError: it was written in a format that this version does not read.
+            RunError: it is damaged, or was written in a format that this version does not read.
         """
         steps = self.steps()
         if not steps:
             return None
-        state: dict[str, Any] = torch.load(self.path(steps[-1]) / "state.pt", map_location="cpu", weights_only=True)
+        path = self.path(steps[-1]) / "state.pt"
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise RunError(f"{path} is damaged ({error}); remove its folder to go on from the one before") from error
         if state.get("format") != FORMAT:
             raise RunError(
                 f"{self.path(steps[-1])} has format {state.get('format')}, this version reads {FORMAT}; "

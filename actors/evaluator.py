@@ -64,8 +64,14 @@ class Scorer:
         self.reader, self.prepare, self.views, self.mirrored = reader, prepare, tuple(views), mirrored
         self.num_classes, self.protocols, self.device = num_classes, dict(protocols), device
 
-    def score(self, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def score(
+        self, weights: Mapping[str, np.ndarray], see: Callable[[int, Tensor, Tensor], None] | None = None
+    ) -> dict[str, Any]:
         """Score one set of weights.
+
+        Args:
+            weights: of the network.
+            see: told (index, prediction int64 H×W, label uint8 H×W) of every image.
 
         Returns:
             ``{"miou", "per_class", "protocols", "images"}``, IoU in percent; None for a class that occurs nowhere.
@@ -77,7 +83,10 @@ class Scorer:
         matrix = ConfusionMatrix(self.num_classes)
         for index in range(len(self.reader)):
             label = torch.from_numpy(np.array(self.reader.label(index)))
-            matrix.update(self.predict(index, (label.shape[0], label.shape[1])), label)
+            prediction = self.predict(index, (label.shape[0], label.shape[1]))
+            matrix.update(prediction, label)
+            if see is not None:
+                see(index, prediction, label)
         per_class = matrix.iou() * 100
         means = protocol_means(per_class, self.protocols)
         return {

@@ -28,6 +28,7 @@ from pipelines.cluster import HEAD, Shares, actor_options
 from pipelines.options import AdaptOptions, write_config
 from pipelines.results import assemble, write_json
 from pipelines.setup import Setup, resolve
+from pipelines.trained import describe
 
 WATCH_SECONDS = 0.5
 MAX_RESTARTS = 3
@@ -75,6 +76,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False) -> Outco
         watch("message", {"text": f"Ray dashboard: {url}"})
     parts = cluster.shares(setup.options, cluster.total_resources())
     write_config(setup.options)
+    describe(setup)
     run = Run(setup, parts, watch, seconds)
     with stop_on_interrupt() as interrupt:
         return run.execute(interrupt)

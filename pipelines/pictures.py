@@ -48,6 +48,11 @@ def heat(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint(stops[low] * (1 - share) + stops[low + 1] * share).astype(np.uint8)
 
 
+def shrunk(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A label at another size (width, height), nearest."""
+    return np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+
+
 def side_by_side(pictures: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[np.uint8]:
     """Pictures of one height, (H, W, 3) uint8, in a row on white."""
     white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
@@ -84,14 +89,6 @@ def with_key(picture: NDArray[np.uint8], classes: ClassSet, shown: Sequence[int]
         draw.rectangle((left, y + 1, left + 12, y + 12), fill=classes.palette[train_id], outline="black")
         draw.text((left + 17, y), classes.names[train_id], fill="black", font=font)
     return canvas
-
-
-def palette_image(label: NDArray[np.uint8], classes: ClassSet) -> Image.Image:
-    """Train ids as a palette PNG: the numbers are the ids, the colours those of the classes."""
-    image = Image.fromarray(np.ascontiguousarray(label))
-    flat = [channel for colour in classes.palette for channel in colour]
-    image.putpalette(flat + [0] * (3 * 256 - len(flat)))  # a shorter one makes Pillow renumber the ids when it saves
-    return image
 
 
 def save(picture: Image.Image, path: Path) -> None:

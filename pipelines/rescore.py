@@ -1,40 +1,60 @@
-"""Score the newest checkpoint of a run in this process, without Ray."""
+"""Score the newest checkpoint of a run in this process, without Ray, image by image."""
 
 from __future__ import annotations
 
+import csv
+import heapq
 import json
+import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from models.scores import ConfusionMatrix, mean_iou
+from pipelines import pictures
+from pipelines.datasets.classes import IGNORE, ClassSet
+from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
 from pipelines.results import ROWS, protocol
 from pipelines.setup import resolve
+from pipelines.trained import check_fits, newest_weights
+
+WORST = 10
+WORST_SIDE = 480
+"""Longer side of a picture in the row of an overlay, in pixels."""
+COLUMNS = ("image", "class", "iou", "label_pixels", "predicted_pixels", "shared_pixels")
 
 
 def rescore(options: AdaptOptions) -> dict[str, Any]:
     """Score a run's newest checkpoint; rows that the run measured itself are taken from its ``results.json``.
 
+    Beside the scores it writes ``evaluation/per_image.csv`` and ``evaluation/worst/``, overlays of the images with the
+    lowest mean IoU over the classes that their labels hold.
+
     Raises:
-        RunError: the run has no checkpoint, or one of another network than its options say.
+        RunError: the run has no checkpoint, or one of another network than its options say, or there is nothing to
+            score on; or the results cannot be written.
     """
     setup = resolve(options)
     folder = options.folder()
-    state = CheckpointStore(folder / "checkpoints").newest()
-    if state is None:
-        raise RunError(f"{folder} has no checkpoint yet; resume the run first: python run.py --resume {folder}")
+    step, weights = newest_weights(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = setup.make_scorer()(device)
-    weights = {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in scorer.network.state_dict().items()}
-    if expected != {name: array.shape for name, array in weights.items()}:
-        raise RunError(f"the checkpoint in {folder} is of another network than its config.toml describes")
+    check_fits(scorer.network, weights, folder)
+    assert setup.domains.validation is not None
+    images = PerImage(setup.domains.validation, setup.benchmark.classes)
     path = folder / "results.json"
     known: dict[str, Any] = json.loads(path.read_text())["scores"] if path.is_file() else {}
     scores = {row: known.get(row) for row in ROWS}
-    scores["adapted"] = scorer.score(weights)
+    scores["adapted"] = scorer.score(weights, images.see)
+    try:
+        images.write(folder / "evaluation")
+    except OSError as error:
+        raise RunError(f"{folder / 'evaluation'} cannot be written: {error.strerror or error}") from error
     return {
         "benchmark": setup.benchmark.name,
         "recipe": options.recipe,
@@ -43,5 +63,72 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
         "protocol": protocol(setup),
         "class_names": list(setup.benchmark.classes.names),
         "scores": scores,
-        "step": state["step"],
+        "step": step,
     }
+
+
+class PerImage:
+    """Scores of every image, and the worst of them.
+
+    Args:
+        split: the labelled images.
+        classes: names and colours.
+    """
+
+    def __init__(self, split: Split, classes: ClassSet) -> None:
+        self.split, self.classes = split, classes
+        self.rows: list[tuple[Any, ...]] = []
+        self.worst: list[tuple[float, int, np.ndarray]] = []
+
+    def see(self, index: int, prediction: Tensor, label: Tensor) -> None:
+        """Count one image; (H, W) classes and (H, W) train ids."""
+        matrix = ConfusionMatrix(len(self.classes))
+        matrix.update(prediction, label)
+        iou = matrix.iou()
+        wanted, given, shared = matrix.matrix.sum(1), matrix.matrix.sum(0), matrix.matrix.diagonal()
+        present = torch.nonzero(wanted)[:, 0].tolist()
+        mean = mean_iou(iou, present) if present else float("nan")
+        name = self.split.image_ids[index]
+        self.rows.append((name, "mean", _cell(mean), int(wanted.sum()), int(given.sum()), int(shared.sum())))
+        for train_id in torch.nonzero(wanted + given)[:, 0].tolist():
+            counts = (int(column[train_id]) for column in (wanted, given, shared))
+            self.rows.append((name, self.classes.names[train_id], _cell(float(iou[train_id])), *counts))
+        if present:
+            heapq.heappush(self.worst, (-mean, -index, prediction.numpy().astype(np.uint8)))
+            if len(self.worst) > WORST:
+                heapq.heappop(self.worst)
+
+    def write(self, folder: Path) -> None:
+        """Write ``per_image.csv`` and ``worst/01-….jpg``, the worst first.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".per_image.partial"
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(self.rows)
+        partial.rename(folder / "per_image.csv")
+        for old in (folder / "worst").glob("*.jpg"):
+            old.unlink()
+        for place, (negative, index, prediction) in enumerate(sorted(self.worst, reverse=True), 1):
+            name = self.split.image_ids[-index].replace("/", "_")
+            picture = self._compare(-index, prediction, f"{name}: mIoU {-100 * negative:.1f}; image, label, prediction")
+            pictures.save(picture, folder / "worst" / f"{place:02d}-{name}.jpg")
+
+    def _compare(self, index: int, prediction: np.ndarray, title: str) -> Any:
+        label = self.split.label(index)
+        factor = min(1.0, WORST_SIDE / max(label.shape))
+        size = max(1, round(label.shape[1] * factor)), max(1, round(label.shape[0] * factor))
+        image, label = self.split.image(index, size), self.split.label(index, size)
+        guess = pictures.shrunk(prediction, size)
+        row = [image, pictures.overlay(image, label, self.classes), pictures.overlay(image, guess, self.classes)]
+        shown = sorted({*np.unique(label).tolist(), *np.unique(guess).tolist()} - {IGNORE})
+        return pictures.with_key(pictures.side_by_side(row), self.classes, shown, title)
+
+
+def _cell(iou: float) -> str:
+    """IoU in percent; empty where neither side has the class."""
+    return "" if math.isnan(iou) else f"{100 * iou:.2f}"

@@ -7,6 +7,7 @@ import tyro
 
 import run
 from pipelines.options import AdaptOptions, write_config
+from tests.own_data import write_own_data
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -56,7 +57,53 @@ def test_an_unknown_name_is_refused_with_the_known_ones(arguments, known, tmp_pa
 
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert called(["fly"]) == 2
-    assert "unknown command 'fly'; known are adapt, evaluate" in capsys.readouterr().err
+    assert "unknown command 'fly'; known are adapt, evaluate, predict, data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["predict"], "at least one picture"),
+        (["predict", "x.png", "--passes", "1"], "--passes is 1"),
+        (["predict", "x.png", "--threads", "0"], "--threads is 0"),
+        (["predict", "nowhere.png"], "nowhere.png is no file or folder"),
+        (["data"], "check, prepare"),
+        (["data", "check", "--benchmark", "gta2moon"], "gta2city, synthia2city, city2robot"),
+        (["data", "check", "--source", "a.toml"], "--target"),
+        (["data", "prepare", "--source", "a.toml", "--target", "b.toml"], "a.toml does not exist"),
+        (["data", "prepare", "--recipe", "magic"], "eplc, mrnet"),
+    ],
+)
+def test_the_other_commands_refuse_what_cannot_work(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert called(arguments) == 2
+    assert text in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_check_exits_with_one_and_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source, target = write_own_data(tmp_path)
+    given = ["data", "check", "--source", source, "--target", target]
+    assert called(given) == 0
+    said = capsys.readouterr().out
+    assert "nothing is wrong" in said
+    assert "64×48 and 2 others" in said
+    (tmp_path / "source" / "masks" / "1.png").write_bytes(b"")
+    assert called(given) == 1
+    said = capsys.readouterr().out
+    assert "wrong:" in said
+    assert "1 things are wrong" in said
+
+
+def test_data_prepare_says_what_it_did(tmp_path, capsys):
+    source, target = write_own_data(tmp_path)
+    (tmp_path / "target" / "photos" / "0.jpg").write_bytes(b"")
+    given = ["--source", source, "--target", target, "--preset", "tiny", "--data", str(tmp_path / "data")]
+    assert called(["data", "prepare", *given]) == 1
+    said = capsys.readouterr().out
+    assert "unreadable:" in said
+    assert "1 files are unreadable" in said
 
 
 @pytest.mark.parametrize(

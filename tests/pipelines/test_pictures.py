@@ -23,15 +23,6 @@ def test_heat_begins_dark_and_ends_bright_and_clips():
     assert shown[0, 3].tolist() == shown[0, 4].tolist() == [252, 255, 164]
 
 
-def test_a_palette_picture_keeps_the_ids_as_its_numbers(tmp_path):
-    label = np.array([[0, 1], [2, 255]], np.uint8)
-    pictures.save(pictures.palette_image(label, CLASSES), tmp_path / "mask.png")
-    with Image.open(tmp_path / "mask.png") as image:
-        assert image.mode == "P"
-        assert np.asarray(image).tolist() == label.tolist()
-        assert image.convert("RGB").getpixel((1, 0)) == (0, 200, 0)
-
-
 def test_the_key_grows_downwards_when_its_names_do_not_fit():
     picture = np.zeros((20, 200, 3), np.uint8)
     few, many = (pictures.with_key(picture, CLASSES, shown) for shown in ([0], [0, 1, 2]))

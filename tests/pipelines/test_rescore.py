@@ -1,3 +1,4 @@
+import csv
 from dataclasses import replace
 
 import pytest
@@ -5,8 +6,10 @@ import torch
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from pipelines.datasets import Split
+from pipelines.datasets.classes import ClassSet
 from pipelines.options import AdaptOptions
-from pipelines.rescore import rescore
+from pipelines.rescore import PerImage, rescore
 from pipelines.results import write_json
 from pipelines.setup import resolve
 
@@ -47,3 +50,54 @@ def test_the_newest_checkpoint_is_scored_and_other_rows_are_those_of_the_run(opt
     assert found["scores"]["source_only"] == known
     assert found["scores"]["oracle"] is None
     assert found["step"] == 7
+
+
+def test_every_class_in_every_image_is_written_and_adds_up_to_the_score(options):
+    setup = resolve(options)
+    torch.manual_seed(0)
+    save(options, setup.plan.network())
+    found = rescore(options)
+    with open(options.folder() / "evaluation" / "per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = setup.benchmark.classes.names
+    assert {row["image"] for row in rows} == set(setup.domains.validation.image_ids)
+    for index, name in enumerate(names):
+        mine = [row for row in rows if row["class"] == name]
+        shared, wanted, given = (
+            sum(int(row[column]) for row in mine) for column in ("shared_pixels", "label_pixels", "predicted_pixels")
+        )
+        score = found["scores"]["adapted"]["per_class"][index]
+        if score is None:
+            assert not mine
+        else:
+            assert score == pytest.approx(100 * shared / (wanted + given - shared), abs=1e-3)
+
+
+def test_the_worst_images_are_shown_worst_first():
+    classes = ClassSet("two", ("a", "b"), ((0, 0, 0), (255, 0, 0)))
+    split = Split("x", tuple(f"f/{i}" for i in range(12)), ("",) * 12)
+    images = PerImage(split, classes)
+    label = torch.zeros(1, 10, dtype=torch.uint8)
+    for index in range(12):
+        prediction = torch.zeros(1, 10, dtype=torch.int64)
+        prediction[0, : (index * 5) % 12] = 1
+        images.see(index, prediction, label)
+    images.see(0, torch.zeros(1, 10, dtype=torch.int64), torch.full((1, 10), 255, dtype=torch.uint8))
+    worst = [-index for _, index, _ in sorted(images.worst, reverse=True)]
+    ious = [max(0, 10 - (index * 5) % 12) / 10 for index in worst]
+    assert len(worst) == 10
+    assert ious == sorted(ious)
+    assert min(10 - (index * 5) % 12 for index in set(range(12)) - set(worst)) >= 9
+
+
+def test_ten_overlays_are_written_and_those_of_before_are_gone(options):
+    setup = resolve(options)
+    save(options, setup.plan.network())
+    old = options.folder() / "evaluation" / "worst" / "99-old.jpg"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"")
+    rescore(options)
+    names = sorted(path.name for path in old.parent.iterdir())
+    assert len(names) == min(10, len(setup.domains.validation))
+    assert names[0].startswith("01-")
+    assert not old.exists()

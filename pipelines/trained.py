@@ -1,0 +1,135 @@
+"""A trained network as a run directory keeps it: enough to use it without the data it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.checkpoints import CheckpointStore
+from actors.errors import RunError
+from actors.teacher import load_weights
+from models.networks.deeplab import DeepLab, DeepLabConfig
+from pipelines.datasets.classes import ClassSet
+from pipelines.results import write_json
+from pipelines.setup import Setup
+
+Size = tuple[int, int]
+FILE = "network.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a network is and how it looks at images."""
+
+    classes: ClassSet
+    config: DeepLabConfig
+    views: tuple[Size, ...]
+    """Image sizes whose probabilities are averaged."""
+    mirrored: bool
+    """Whether every view is also seen mirrored."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its newest weights."""
+
+    folder: Path
+    step: int
+    description: Description
+    network: DeepLab
+    """In eval mode, without gradients."""
+
+
+def describe(setup: Setup) -> None:
+    """Write what the network of a run is beside the run."""
+    description = {
+        "classes": dataclasses.asdict(setup.benchmark.classes),
+        "config": dataclasses.asdict(setup.preset.network),
+        "views": setup.preset.score_views,
+        "mirrored": setup.preset.score_mirrored,
+    }
+    folder = Path(setup.plan.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, description)
+
+
+def read_description(folder: Path) -> Description:
+    """What :func:`describe` wrote.
+
+    Raises:
+        RunError: the folder is no run, or its description cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise RunError(f"{folder} is no run directory: it has no {FILE}. Give a folder that a run printed.")
+    try:
+        plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        classes, config = plain["classes"], plain["config"]
+        palette = tuple((int(r), int(g), int(b)) for r, g, b in classes["palette"])
+        lists: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
+        }
+        return Description(
+            ClassSet(classes["name"], tuple(classes["names"]), palette),
+            DeepLabConfig(**lists),
+            tuple((int(width), int(height)) for width, height in plain["views"]),
+            bool(plain["mirrored"]),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read by this version: {error!r}") from error
+
+
+def load_trained(folder: str | Path, device: torch.device) -> Trained:
+    """The teaching network of a run's newest checkpoint.
+
+    Raises:
+        RunError: the folder is no run, has no checkpoint yet, or holds one of another network.
+    """
+    folder = Path(folder).absolute()
+    description = read_description(folder)
+    step, weights = newest_weights(folder)
+    network = DeepLab(description.config)
+    check_fits(network, weights, folder)
+    load_weights(network, weights)
+    return Trained(folder, step, description, network.to(device).eval().requires_grad_(False))
+
+
+def newest_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """Step and teaching weights of a run's newest checkpoint.
+
+    Raises:
+        RunError: there is none yet.
+    """
+    state = CheckpointStore(folder / "checkpoints").newest()
+    if state is None:
+        raise RunError(f"{folder} has no checkpoint yet; resume the run first: python run.py --resume {folder}")
+    return state["step"], {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
+
+
+def check_fits(network: torch.nn.Module, weights: dict[str, np.ndarray], folder: Path) -> None:
+    """Refuse weights of another network.
+
+    Raises:
+        RunError: names or shapes differ.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if expected != {name: array.shape for name, array in weights.items()}:
+        raise RunError(f"the checkpoint in {folder} is of another network than its config.toml describes")
+
+
+def newest_run(runs: str | Path) -> Path:
+    """The run directory with the newest checkpoint.
+
+    Raises:
+        RunError: there is none.
+    """
+    found = list(Path(runs).absolute().glob("*/checkpoints/step_*/state.pt"))
+    if not found:
+        raise RunError(f"no run in {Path(runs).absolute()} has a checkpoint; adapt first, or give --run or --runs")
+    return max(found, key=lambda path: path.stat().st_mtime).parents[2]

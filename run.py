@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pipelines import environment
 
@@ -38,6 +38,7 @@ HELP = {
     "--resume RUN": "continue a stopped run",
     "evaluate RUN": "score its newest checkpoint again, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
+    "data sample DIR": "two folders of rendered pictures to try all this on",
     "data check": "look at every file before a run does",
     "data prepare": "decode every file ahead of a run",
 }
@@ -88,6 +89,16 @@ class PredictOptions:
             raise RunError(f"--passes is {self.passes}; give 0 for no uncertainty, or at least 2")
         if self.threads is not None and self.threads < 1:
             raise RunError(f"--threads is {self.threads}; give at least 1")
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Render two folders of street pictures, with the TOML files that describe them, to try things on."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Where they are written; a folder that does not exist yet."""
+    size: Literal["tiny", "mini"] = "mini"
+    """tiny: a few pictures. mini: as many as the demo has."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +208,7 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     if command == "predict":
         return _predict(tyro.cli(PredictOptions, prog="run.py predict", args=rest), console)
     if command == "data":
-        if rest[:1] == ["check"]:
-            return _check(tyro.cli(CheckOptions, prog="run.py data check", args=rest[1:]), console)
-        if rest[:1] == ["prepare"]:
-            return _prepare(tyro.cli(PrepareOptions, prog="run.py data prepare", args=rest[1:]), console)
-        raise RunError("data needs one of: check, prepare")
+        return _data(rest, console)
     if command not in ("", "adapt"):
         raise RunError(f"unknown command {command!r}; known are {', '.join(COMMANDS)}")
     if any(item == "--resume" or item.startswith("--resume=") for item in rest):
@@ -210,6 +217,17 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     others = "\n".join(f"  run.py {usage:<16} {what}" for usage, what in HELP.items())
     description = f"{AdaptOptions.__doc__}\n\nOther commands:\n{others}"
     return _adapt(tyro.cli(AdaptOptions, prog="run.py", description=description, args=rest), console)
+
+
+def _data(arguments: list[str], console: Console) -> int:
+    command, rest = arguments[0] if arguments else "", arguments[1:]
+    if command == "sample":
+        return _sample(tyro.cli(SampleOptions, prog="run.py data sample", args=rest), console)
+    if command == "check":
+        return _check(tyro.cli(CheckOptions, prog="run.py data check", args=rest), console)
+    if command == "prepare":
+        return _prepare(tyro.cli(PrepareOptions, prog="run.py data prepare", args=rest), console)
+    raise RunError("data needs one of: sample, check, prepare")
 
 
 def _adapt(options: AdaptOptions, console: Console, *, resume: bool = False) -> int:
@@ -264,6 +282,15 @@ def _predict(options: PredictOptions, console: Console) -> int:
         f"Results are in {done.out}",
         highlight=False,
     )
+    return 0
+
+
+def _sample(options: SampleOptions, console: Console) -> int:
+    from pipelines.data_sample import write_sample
+
+    console.print("[dim]rendering …[/dim]")
+    source, target, validation = write_sample(options.folder, options.size)
+    console.print(f"labelled source: {source}\nunlabelled target: {target}\nlabelled target to score on: {validation}")
     return 0
 
 

@@ -11,6 +11,7 @@ from pipelines.datasets.miniature import write_miniature
 
 NAMES = ("road", "sidewalk", "building", "vegetation", "sky", "person", "car", "sign", "light")
 """Nine classes, enough for a first look."""
+TITLES = {"source": "game", "target": "city", "validation": "city-validation"}
 MERGED = {"person": ("rider",), "car": ("truck", "bus"), "building": ("wall",), "sidewalk": ("terrain",)}
 """Classes of the pictures that count as one of the nine."""
 
@@ -44,7 +45,7 @@ def write_sample(folder: str | Path, size: str) -> tuple[Path, Path, Path]:
         written = []
         for name, (images, labels) in files.items():
             path = folder / f"{name}.toml"
-            path.write_text(_description(images, labels), encoding="utf-8")
+            path.write_text(f'name = "{TITLES[name]}"\n' + _description(images, labels), encoding="utf-8")
             written.append(path)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error

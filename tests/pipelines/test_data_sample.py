@@ -16,7 +16,7 @@ def sample(tmp_path_factory):
 def test_the_sample_is_a_benchmark_of_nine_classes(sample):
     source, target, validation = map(str, sample)
     pair, domains = own_benchmark(source, target, validation)
-    assert pair.classes.names == NAMES
+    assert (pair.name, pair.classes.names) == ("game2city", NAMES)
     assert not domains.target.labelled
     assert len(domains.source) > len(domains.validation) > 0
     assert set(np.unique(domains.source.label(0)).tolist()) <= {*range(9), 255}

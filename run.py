@@ -75,6 +75,8 @@ class PredictOptions:
     """Run directory whose newest checkpoint predicts. Default: the run that saved one last."""
     runs: str = "runs"
     """Folder of all run directories."""
+    weights: Literal["last", "recommended"] = "last"
+    """last: the newest checkpoint. recommended: the step that looks best without labels."""
     out: str = "predictions"
     """Folder for the results."""
     passes: int = 0
@@ -272,6 +274,7 @@ def _predict(options: PredictOptions, console: Console) -> int:
             lambda made, total: bar.update(task, completed=made, total=total),
             run=options.run,
             runs=options.runs,
+            weights=options.weights,
             passes=options.passes,
             threads=options.threads,
         )
@@ -377,6 +380,21 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     else:
         console.print("no target image has a label, so nothing was scored; look at the pictures: run.py predict")
     _print_labels(results, console)
+    _print_recommended(results, console)
+
+
+def _print_recommended(results: dict[str, Any], console: Console) -> None:
+    """The step that looks best without labels, beside the last one and never instead of it."""
+    label_free = results.get("label_free") or {}
+    step = label_free.get("recommended")
+    if step is None:
+        return
+    if step == results["steps"]:
+        console.print(f"without labels, the last step ({step}) also looks best", highlight=False)
+        return
+    score, last = label_free.get("recommended_score"), results["scores"].get("adapted")
+    scored = f": mIoU {score['miou']:.1f}, the last step has {last['miou']:.1f}" if score and last else ""
+    console.print(f"without labels, step {step} of {results['steps']} looks best{scored}", highlight=False)
 
 
 def _print_scores(

@@ -12,8 +12,10 @@ import ray
 import torch
 from torch import Tensor, nn
 
+from actors.checkpoints import CheckpointStore
 from actors.errors import UnreadableImage
 from actors.teacher import YIELDING, load_weights
+from actors.watcher import Watcher
 from models.networks.deeplab import DeepLab, adapt_batch_norm
 from models.scores import ConfusionMatrix, protocol_means
 from models.uncertainty import mean_probabilities, trunk_views
@@ -134,37 +136,107 @@ class Scorer:
 
 
 class Evaluator:
-    """Shell of :class:`Scorer`; writes what it finds into the run log, marked as using target labels."""
+    """Shell of :class:`Scorer` and :class:`actors.watcher.Watcher`; writes what they find into the run log.
+
+    Args:
+        make_scorer: builds the scorer; None where there are no labels to score on.
+        make_watcher: builds the watcher.
+        target: target images without labels, for AdaBN.
+        board: where the newest weights hang.
+        run_log: where numbers are written.
+        folder: where the weights that look best without labels are kept.
+        threads: CPU threads.
+    """
 
     def __init__(
-        self, make_scorer: Callable[[torch.device], Scorer], target: Any, board: Any, run_log: Any, threads: int = 1
+        self,
+        make_scorer: Callable[[torch.device], Scorer] | None,
+        make_watcher: Callable[[torch.device], Watcher],
+        target: Any,
+        board: Any,
+        run_log: Any,
+        folder: str,
+        threads: int = 1,
     ) -> None:
         torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if device.type == "cpu":
             os.nice(YIELDING)
-        self.scorer, self.target = make_scorer(device), target
-        self.board, self.run_log = board, run_log
+        self.scorer = None if make_scorer is None else make_scorer(device)
+        self.watcher = make_watcher(device)
+        self.target, self.board, self.run_log = target, board, run_log
+        self.recommended = Recommended(folder)
 
-    def score_newest(self) -> dict[str, Any] | None:
-        """Score the weights that hang on the board; None when there are none, or they died with their student."""
+    def look_at_newest(self) -> int | None:
+        """Look at the weights that hang on the board; None when there are none, or they died with their student."""
         try:
             version = ray.get(self.board.newest_version.remote())
-            weights = None if version is None else ray.get(ray.get(self.board.take.remote(version))[0])
+            weights = None if version is None else ray.get(ray.get(self.board.take.remote(version)))
         except (ray.exceptions.RayError, LookupError):
             return None
         if weights is None:
             return None
-        result = self.scorer.score(weights)
-        self.run_log.write.remote("score", version, {"miou": result["miou"], "oracle_metric": True})
-        return result
+        self.look(version, *weights)
+        if self.scorer is not None:
+            result = self.scorer.score(weights[0])
+            self.run_log.write.remote("score", version, {"miou": result["miou"], "oracle_metric": True})
+        return int(version)
+
+    def look(
+        self, step: int, teaching: Mapping[str, np.ndarray], student: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """Measure what needs no labels, and keep the weights if none looked better so far.
+
+        Returns:
+            The signals, and under ``recommended`` the step whose weights are kept.
+        """
+        signals = self.watcher.look(teaching, student)
+        if signals:
+            self.run_log.write.remote("signals", step, signals)
+            self.recommended.offer(step, signals["label_free_score"], teaching)
+        return {**signals, "recommended": self.recommended.step}
 
     def score_weights(self, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Score weights that are given by value."""
+        assert self.scorer is not None
         return self.scorer.score(weights)
+
+    def score_recommended(self) -> dict[str, Any] | None:
+        """Score the kept weights; None without any."""
+        weights = self.recommended.weights()
+        return None if weights is None else self.score_weights(weights)
 
     def adabn(self, weights: Mapping[str, np.ndarray], images: int = 256) -> dict[str, Any]:
         """Score weights after AdaBN on up to ``images`` target training images, spread evenly."""
+        assert self.scorer is not None
         count = min(images, len(self.target))
         indices = [i * len(self.target) // count for i in range(count)]
         return self.scorer.score(self.scorer.with_statistics_of(weights, self.target, indices))
+
+
+class Recommended:
+    """The weights that look best without labels, on disk; a new evaluator goes on where the last one stood.
+
+    Args:
+        folder: of its own; holds one checkpoint.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.store = CheckpointStore(folder, keep=1)
+        state = self.store.newest()
+        self.step: int | None = None if state is None else state["step"]
+        self.score: float | None = None if state is None else state["label_free_score"]
+
+    def offer(self, step: int, score: float, weights: Mapping[str, np.ndarray]) -> None:
+        """Keep weights whose score is higher than that of all before; on a full disk the ones before stay."""
+        if self.score is not None and score <= self.score:
+            return
+        network = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
+        state = {"step": step, "label_free_score": score, "teaching": {"network": network}}
+        if self.store.save(step, state) is None:
+            self.step, self.score = step, score
+
+    def weights(self) -> dict[str, np.ndarray] | None:
+        """What is kept; None before the first offer."""
+        state = self.store.newest()
+        return None if state is None else {name: t.numpy() for name, t in state["teaching"]["network"].items()}

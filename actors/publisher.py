@@ -96,15 +96,16 @@ class Publisher:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
 
-    def publish(self, version: int, network: nn.Module, *, pin: bool) -> None:
+    def publish(self, version: int, network: nn.Module, *, pin: bool, student: nn.Module | None = None) -> None:
         """Publish a network as it is now; returns at once.
 
         Args:
             version: the student's step.
             network: read before this returns.
             pin: keep the version alive until another is pinned.
+            student: published beside it, for whoever compares the two.
         """
-        weights = {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in network.state_dict().items()}
+        weights = [_on_host(module) for module in (network, student) if module is not None]
         self.flush()
         self.version = version
         self._pending = self._pool.submit(self._put, version, weights, pin)
@@ -128,6 +129,10 @@ class Publisher:
         except ray.exceptions.RayError:  # a board that is just restarting: the next version will hang there
             self.failures += 1
 
-    def _put(self, version: int, weights: dict[str, np.ndarray], pin: bool) -> None:
-        reference = ray.put(weights)
-        ray.get(self.board.publish.remote(version, [reference], pin))
+    def _put(self, version: int, weights: list[dict[str, np.ndarray]], pin: bool) -> None:
+        ray.get(self.board.publish.remote(version, [ray.put(item) for item in weights], pin))
+
+
+def _on_host(module: nn.Module) -> dict[str, np.ndarray]:
+    """A copy of a module's weights in numpy."""
+    return {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in module.state_dict().items()}

@@ -335,7 +335,8 @@ class Student:
         if not self.lead or self.link.publisher is None:
             return
         network = stage.teaching.settle(self.network)
-        self.link.publisher.publish(self.step, network, pin=pin)
+        compared = self.network if self.plan.evaluate_every and stage.plan.ema_decay is not None else None
+        self.link.publisher.publish(self.step, network, pin=pin, student=compared)
         if pin:
             self.link.publisher.flush()
 

@@ -149,7 +149,7 @@ class Teacher:
         """
         if version != self.labeller.version:
             try:
-                (reference,) = ray.get(self.board.take.remote(version))
+                reference = ray.get(self.board.take.remote(version))[0]
                 self.labeller.load(version, ray.get(reference))
             except (ray.exceptions.RayError, LookupError):
                 if self.labeller.version is None:

@@ -22,16 +22,16 @@ class WeightBoard:
         self._alive: dict[int, list[Any]] = {}
         self._pinned: int | None = None
 
-    def publish(self, version: int, reference: list[Any], pin: bool = False) -> None:
+    def publish(self, version: int, references: list[Any], pin: bool = False) -> None:
         """Hang up a version; the oldest unpinned one comes down when more than two hang.
 
         Args:
             version: student step of these weights.
-            reference: one object reference, in a list.
+            references: of the teaching weights and, if it is published, too, of the student's own.
             pin: keep this version for as long as no other is pinned (a round of ``refresh="once"`` needs the weights
                 of its stage's start until its last chunk is labelled).
         """
-        self._alive[version] = reference
+        self._alive[version] = references
         if pin:
             self._pinned = version
         spare = [v for v in sorted(self._alive) if v != self._pinned]
@@ -47,7 +47,7 @@ class WeightBoard:
         return wanted if wanted in self._alive else self.newest_version()
 
     def take(self, version: int) -> list[Any]:
-        """The reference of a version, in a list.
+        """The references of a version.
 
         Raises:
             VersionGoneError: it has come down already.

@@ -144,7 +144,7 @@ class SleepingTeacher:
     def label(self, stage: int, chunk: int, start: int, stop: int, version: int, step: int) -> tuple[Header, pa.Table]:
         """Label one chunk with one version of the weights."""
         if version != self.version:
-            (reference,) = ray.get(self.board.take.remote(version))
+            reference = ray.get(self.board.take.remote(version))[0]
             self.version = int(ray.get(reference)[0])
             assert self.version == version
         began, load, rows = time.perf_counter(), self.load, stop - start

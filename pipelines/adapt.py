@@ -150,8 +150,6 @@ class Run:
         self.teachers: list[Any] = []
         self.bank: Any = None
         self.evaluator: Any = None
-        self.helped = False
-        """Whether teachers and evaluator have been started."""
 
     def execute(self, interrupt: Interrupt) -> Outcome:
         """Train, train the references, score, write the result."""
@@ -167,8 +165,10 @@ class Run:
             if references is None:
                 outcome.stopped = True
                 return outcome
-            scores = self._score(references)
-            outcome.results = assemble(self.setup, scores, student, self.teacher_status, self.seconds)
+            scores, label_free = self._score(references)
+            outcome.results = assemble(
+                self.setup, scores, student, self.teacher_status, self.seconds, label_free=label_free
+            )
             write_json(outcome.folder / "results.json", outcome.results)
         finally:
             self._end()
@@ -192,9 +192,8 @@ class Run:
         A process that imports torch takes seconds of a core; the first step should not wait for those that have
         nothing to do yet.
         """
-        if self.helped:
+        if self.evaluator is not None:
             return
-        self.helped = True
         setup, plan = self.setup, self.setup.plan
         if self.bank is not None:
             teacher = ray.remote(Teacher).options(
@@ -204,11 +203,16 @@ class Run:
                 teacher.remote(plan.network, self.reader, setup.labels, plan.seed, self.board, setup.options.threads)
                 for _ in range(setup.options.teachers)
             ]
-        if setup.domains.validation is not None:
-            evaluator = ray.remote(Evaluator).options(max_restarts=-1, **actor_options(self.shares.evaluator))
-            self.evaluator = evaluator.remote(
-                setup.make_scorer(), self.reader, self.board, self.run_log, setup.options.threads
-            )
+        evaluator = ray.remote(Evaluator).options(max_restarts=-1, **actor_options(self.shares.evaluator))
+        self.evaluator = evaluator.remote(
+            None if setup.domains.validation is None else setup.make_scorer(),
+            setup.make_watcher(),
+            self.reader,
+            self.board,
+            self.run_log,
+            f"{plan.folder}/recommended",
+            setup.options.threads,
+        )
 
     def _train(self, interrupt: Interrupt) -> dict[str, Any]:
         """The students, in a thread of their own; this one watches."""
@@ -287,14 +291,12 @@ class Run:
         self.watch("progress", {**seen["newest"], "teachers": self.teacher_status})
 
     def _score_now_and_then(self) -> None:
-        """Have the newest weights scored every so many steps, unless the evaluator is still busy."""
+        """Have the newest weights looked at every so many steps, unless the evaluator is still busy."""
         every = self.setup.plan.evaluate_every
-        if self.evaluator is None:
-            return
         busy = self.scoring is not None and not ray.wait([self.scoring], timeout=0)[0]
         if every and self.step // every > self.scored and not busy and self.step < self.setup.plan.total_steps:
             self.scored = self.step // every
-            self.scoring = self.evaluator.score_newest.remote()
+            self.scoring = self.evaluator.look_at_newest.remote()
 
     def _tell_failures(self, status: dict[str, Any]) -> None:
         failed = status["teacher_failures"] - self.teacher_status.get("teacher_failures", 0)
@@ -362,8 +364,8 @@ class Run:
             return None
         return {name: item["weights"] for name, item in zip(references, done, strict=True)}
 
-    def _score(self, references: dict[str, Any]) -> dict[str, Any]:
-        """The table's rows: the last step counts."""
+    def _score(self, references: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The table's rows, for which the last step counts, and what the signals that need no label say."""
         began = time.monotonic()
         self.watch("phase", {"name": "score", "text": "scoring"})
         self._start_helpers()
@@ -373,25 +375,31 @@ class Run:
                 f"the last step could not be saved, so there is nothing to score: free space in "
                 f"{self.setup.plan.folder} and continue with --resume"
             )
-        if self.evaluator is None:
-            return {}
-        adapted = {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
-        jobs = {"adapted": self.evaluator.score_weights.remote(adapted)}
-        for name, weights in references.items():
-            jobs[name] = self.evaluator.score_weights.remote(weights)
-        if "source_only" in references:
-            jobs["adabn"] = self.evaluator.adabn.remote(references["source_only"])
+        adapted = _as_numpy(state["teaching"]["network"])
+        jobs = {"label_free": self.evaluator.look.remote(state["step"], adapted, _as_numpy(state["student"]))}
+        if self.setup.domains.validation is not None:
+            jobs["adapted"] = self.evaluator.score_weights.remote(adapted)
+            jobs["recommended"] = self.evaluator.score_recommended.remote()
+            for name, weights in references.items():
+                jobs[name] = self.evaluator.score_weights.remote(weights)
+            if "source_only" in references:
+                jobs["adabn"] = self.evaluator.adabn.remote(references["source_only"])
         try:
-            scores = {name: ray.get(job) for name, job in jobs.items()}
+            found = {name: ray.get(job) for name, job in jobs.items()}
         except ray.exceptions.RayError as error:
             raise _readable(error) from error
         self.seconds["score"] = time.monotonic() - began
-        return scores
+        label_free = {**found.pop("label_free"), "recommended_score": found.pop("recommended", None)}
+        return found, label_free
 
     def _end(self) -> None:
         for actor in [*self.teachers, self.bank, self.evaluator, self.board, self.run_log]:
             if actor is not None:
                 ray.kill(actor)
+
+
+def _as_numpy(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in state.items()}
 
 
 def _readable(error: BaseException) -> BaseException:

@@ -17,7 +17,7 @@ from actors.errors import RunError, UnreadableImage
 from models.uncertainty import UncertaintyRule, draw_masks, mean_probabilities, monte_carlo_labels, trunk_views
 from pipelines import pictures
 from pipelines.datasets.dataset import read_image
-from pipelines.trained import Trained, load_trained, newest_run
+from pipelines.trained import Trained, Weights, load_trained, newest_run
 from pipelines.views import network_input
 
 Size = tuple[int, int]
@@ -110,6 +110,7 @@ def predict(
     *,
     run: str | None = None,
     runs: str = "runs",
+    weights: Weights = "last",
     passes: int = 0,
     threads: int | None = None,
 ) -> Predicted:
@@ -121,6 +122,7 @@ def predict(
         progress: told (pictures done, pictures in all).
         run: run directory; None takes the one with the newest checkpoint.
         runs: where to look for it.
+        weights: ``last`` or ``recommended``, see :func:`pipelines.trained.load_trained`.
         passes: Monte-Carlo dropout passes for the uncertainty; 0 for none.
         threads: CPU threads; None for all cores.
 
@@ -130,7 +132,7 @@ def predict(
     files = find_pictures(paths)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained(newest_run(runs) if run is None else run, device)
+    trained = load_trained(newest_run(runs) if run is None else run, device, weights)
     predictor = Predictor(trained, device, passes)
     done = Predicted(trained.folder, trained.step, Path(out).absolute())
     for number, (path, name) in enumerate(files):

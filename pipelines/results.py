@@ -25,6 +25,8 @@ def assemble(
     student: dict[str, Any],
     teachers: dict[str, Any],
     seconds: dict[str, float],
+    *,
+    label_free: dict[str, Any],
 ) -> dict[str, Any]:
     """Build the result.
 
@@ -34,6 +36,8 @@ def assemble(
         student: summary of the lead student.
         teachers: last status of the label bank.
         seconds: wall-clock seconds by phase.
+        label_free: signals of the last step, ``recommended`` (the step that looks best without labels) and its
+            ``recommended_score``.
     """
     source, oracle = scores.get("source_only"), scores.get("oracle")
     return {
@@ -54,6 +58,7 @@ def assemble(
             key: teachers.get(key) for key in ("images_per_s", "idle_share", "labels_made", "teacher_failures")
         },
         "label_age_steps": student["label_age_steps"],
+        "label_free": label_free,
         "skipped": student["skipped"],
         "seed": setup.options.seed,
         "versions": versions(),

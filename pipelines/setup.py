@@ -14,6 +14,7 @@ from torch import nn
 from actors.errors import RunError
 from actors.evaluator import Scorer
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
+from actors.watcher import Watcher
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_benchmark
 from pipelines.datasets.dataset import Split
@@ -25,7 +26,8 @@ from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
 from pipelines.views import network_input
 
-REFERENCES = ("source_only", "oracle")
+WATCHED_IMAGES = 32
+"""Target images on which label-free signals are measured."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Setup:
             self.preset,
             self.benchmark,
         )
+
+    def make_watcher(self) -> Callable[[torch.device], Watcher]:
+        """Builds the watcher of target images; picklable."""
+        classes = len(self.benchmark.classes)
+        return partial(_watcher, self.plan.network, self.target_reader, self.preset.score_views[0], classes)
 
 
 def resolve(options: AdaptOptions) -> Setup:
@@ -229,6 +236,12 @@ def _scorer(
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
+
+
+def _watcher(
+    network: Callable[[], nn.Module], reader: SplitReader, view: Size, num_classes: int, device: torch.device
+) -> Watcher:
+    return Watcher(network, reader, network_input, view, WATCHED_IMAGES, num_classes, device)
 
 
 def _default_name(options: AdaptOptions, pair: Benchmark) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from pipelines.setup import Setup
 
 Size = tuple[int, int]
 FILE = "network.json"
+Weights = Literal["last", "recommended"]
+FOLDERS: dict[Weights, str] = {"last": "checkpoints", "recommended": "recommended"}
 
 
 @dataclass(frozen=True)
@@ -85,28 +87,35 @@ def read_description(folder: Path) -> Description:
         raise RunError(f"{path} cannot be read by this version: {error!r}") from error
 
 
-def load_trained(folder: str | Path, device: torch.device) -> Trained:
-    """The teaching network of a run's newest checkpoint.
+def load_trained(folder: str | Path, device: torch.device, weights: Weights = "last") -> Trained:
+    """The teaching network of a run.
+
+    Args:
+        folder: run directory.
+        device: where the network shall be.
+        weights: ``last``, of the newest checkpoint; ``recommended``, of the step that looks best without labels.
 
     Raises:
         RunError: the folder is no run, has no checkpoint yet, or holds one of another network.
     """
     folder = Path(folder).absolute()
     description = read_description(folder)
-    step, weights = newest_weights(folder)
+    step, arrays = newest_weights(folder, weights)
     network = DeepLab(description.config)
-    check_fits(network, weights, folder)
-    load_weights(network, weights)
+    check_fits(network, arrays, folder)
+    load_weights(network, arrays)
     return Trained(folder, step, description, network.to(device).eval().requires_grad_(False))
 
 
-def newest_weights(folder: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """Step and teaching weights of a run's newest checkpoint.
+def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
+    """Step and teaching weights of a run, as in :func:`load_trained`.
 
     Raises:
         RunError: there is none yet.
     """
-    state = CheckpointStore(folder / "checkpoints").newest()
+    state = CheckpointStore(folder / FOLDERS[weights]).newest()
+    if state is None and weights == "recommended":
+        raise RunError(f"{folder} recommends no step yet; its first one is looked at some steps into the run")
     if state is None:
         raise RunError(f"{folder} has no checkpoint yet; resume the run first: python run.py --resume {folder}")
     return state["step"], {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}

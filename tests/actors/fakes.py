@@ -238,7 +238,7 @@ class FakePublisher:
     def __init__(self):
         self.published, self.rewound = [], []
 
-    def publish(self, version, network, *, pin):
+    def publish(self, version, network, *, pin, student=None):
         weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         self.published.append((version, pin, weights))
 

@@ -8,7 +8,7 @@ import torch
 from fakes import Remote
 
 from actors.errors import UnreadableImage
-from actors.evaluator import Evaluator, Scorer
+from actors.evaluator import Evaluator, Recommended, Scorer
 from actors.weight_board import WeightBoard
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.views import network_input
@@ -120,27 +120,67 @@ def test_adabn_changes_the_statistics_alone_and_leaves_broken_images_out():
 
 
 @pytest.fixture
-def evaluator(monkeypatch):
-    """An evaluator beside a board and a log, and what it wrote there."""
+def evaluator(monkeypatch, tmp_path):
+    """An evaluator beside a board and a log, and what it wrote there. Weights are their own score."""
     monkeypatch.setattr(os, "nice", lambda by: 0)
     monkeypatch.setattr(ray, "get", lambda value: value)
     board, lines = WeightBoard(), []
     handle = SimpleNamespace(newest_version=Remote(board.newest_version), take=Remote(board.take))
     log = SimpleNamespace(write=Remote(lambda *line: lines.append(line)))
-    made = Evaluator(lambda device: SimpleNamespace(score=lambda weights: {"miou": weights}), None, handle, log)
+    scorer = SimpleNamespace(score=lambda weights: {"miou": float(weights["w"])})
+    watcher = SimpleNamespace(look=lambda teaching, student: {"label_free_score": float(teaching["w"]) / 100})
+    made = Evaluator(lambda device: scorer, lambda device: watcher, None, handle, log, str(tmp_path / "kept"))
     made.hanging, made.lines = board, lines
     return made
 
 
-def test_the_newest_weights_are_scored_and_written_as_an_oracles_number(evaluator):
+def numbered(value):
+    return {"w": np.array(value, np.float32)}
+
+
+def test_the_newest_weights_are_looked_at_and_their_score_is_marked_as_an_oracles_number(evaluator):
     for version, miou in ((40, 10.0), (50, 20.0)):
-        evaluator.hanging.publish(version, [miou])
-    assert evaluator.score_newest() == {"miou": 20.0}
-    assert evaluator.lines == [("score", 50, {"miou": 20.0, "oracle_metric": True})]
+        evaluator.hanging.publish(version, [numbered(miou), numbered(miou + 1)])
+    assert evaluator.look_at_newest() == 50
+    assert evaluator.lines == [
+        ("signals", 50, {"label_free_score": 0.2}),
+        ("score", 50, {"miou": 20.0, "oracle_metric": True}),
+    ]
+
+
+def test_the_weights_that_look_best_are_kept_also_by_an_evaluator_that_starts_again(evaluator, tmp_path):
+    for step, value in ((10, 30.0), (20, 50.0), (30, 40.0)):
+        found = evaluator.look(step, numbered(value))
+    assert found["recommended"] == 20
+    assert evaluator.score_recommended() == {"miou": 50.0}
+    again = Recommended(str(tmp_path / "kept"))
+    again.offer(40, 0.45, numbered(45.0))
+    assert (again.step, again.score) == (20, 0.5)
+    again.offer(50, 0.6, numbered(60.0))
+    assert again.weights()["w"] == 60.0
+    assert Recommended(str(tmp_path / "kept")).step == 50
+
+
+def test_a_full_disk_leaves_the_weights_that_were_kept_before(evaluator, monkeypatch):
+    evaluator.look(10, numbered(30.0))
+    monkeypatch.setattr(evaluator.recommended.store, "save", lambda *_: "no space left")
+    assert evaluator.look(20, numbered(50.0))["recommended"] == 10
+
+
+def test_without_labels_only_signals_are_written(evaluator):
+    evaluator.scorer = None
+    evaluator.hanging.publish(5, [numbered(1.0)])
+    evaluator.watcher.look = lambda teaching, student=None: {"label_free_score": 0.1}
+    assert evaluator.look_at_newest() == 5
+    assert [kind for kind, *_ in evaluator.lines] == ["signals"]
+
+
+def test_nothing_kept_is_nothing_scored(evaluator):
+    assert evaluator.score_recommended() is None
 
 
 def test_where_nothing_hangs_nothing_is_scored(evaluator):
-    assert evaluator.score_newest() is None
+    assert evaluator.look_at_newest() is None
     assert evaluator.lines == []
 
 
@@ -149,7 +189,7 @@ def test_weights_that_died_with_their_student_are_not_scored(evaluator, error):
     def gone(version):
         raise error
 
-    evaluator.hanging.publish(40, [10.0])
+    evaluator.hanging.publish(40, [numbered(10.0)])
     evaluator.board.take = Remote(gone)
-    assert evaluator.score_newest() is None
+    assert evaluator.look_at_newest() is None
     assert evaluator.lines == []

@@ -198,6 +198,18 @@ def test_published_weights_are_those_of_the_moment_of_the_call():
 
 
 @pytest.mark.usefixtures("no_cluster")
+def test_the_students_own_weights_hang_beside_the_average():
+    board, average, own = WeightBoard(), student(), student()
+    moved(own, 1.0)
+    publisher = Publisher(board_handle(board), None)
+    publisher.publish(4, average, pin=False, student=own)
+    publisher.flush()
+    first, second = board.take(4)
+    np.testing.assert_array_equal(first["conv.weight"], average.conv.weight.detach().numpy())
+    np.testing.assert_array_equal(second["conv.weight"], own.conv.weight.detach().numpy())
+
+
+@pytest.mark.usefixtures("no_cluster")
 def test_a_dead_board_costs_a_version_and_not_the_student():
     board, network = WeightBoard(), student()
     publisher = Publisher(Handle(publish=dead), None)

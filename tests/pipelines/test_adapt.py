@@ -101,7 +101,7 @@ def started(monkeypatch):
 
         def remote(self, *arguments, **named):
             made.append((self.kind.__name__, arguments, self.chosen))
-            return Actor(score_newest="under way")
+            return Actor(look_at_newest="under way")
 
     monkeypatch.setattr(ray, "remote", Blueprint)
     return made
@@ -116,6 +116,7 @@ def watched(tmp_path, monkeypatch, started):
         options=SimpleNamespace(teachers=2, threads=1),
         labels={},
         make_scorer=lambda: None,
+        make_watcher=lambda: None,
         target_reader=None,
         domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
@@ -197,12 +198,18 @@ def test_students_that_resume_before_a_complete_round_find_teachers(watched, sta
     assert "Teacher" in names(started)
 
 
-def test_without_target_labels_there_is_no_evaluator_and_no_score(watched, started, tmp_path):
+def test_without_target_labels_signals_are_measured_and_nothing_is_scored(watched, started, tmp_path):
     watched.setup.domains.validation = None
     watched._look()
-    assert names(started) == ["Teacher", "Teacher"]
-    CheckpointStore(tmp_path / "checkpoints").save(10, {"step": 10})
-    assert watched._score({}) == {}
+    assert names(started) == ["Teacher", "Teacher", "Evaluator"]
+    assert started[-1][1][0] is None
+    state = {"step": 10, "student": {}, "teaching": {"network": {}}}
+    CheckpointStore(tmp_path / "checkpoints").save(10, state)
+    watched.evaluator = Actor(look={"entropy": 0.5, "recommended": 10})
+    scores, label_free = watched._score({})
+    assert scores == {}
+    assert label_free == {"entropy": 0.5, "recommended": 10, "recommended_score": None}
+    assert [call[0] for call in watched.evaluator.told] == ["look"]
 
 
 def test_without_labels_there_are_no_teachers(watched, started):
@@ -273,7 +280,7 @@ def looks(watched, monkeypatch, every, steps, busy=()):
         before = 0 if watched.evaluator is None else len(watched.evaluator.told)
         watched._look()
         told = watched.evaluator.told[before:]
-        assert told in ([], [("score_newest",)])
+        assert told in ([], [("look_at_newest",)])
         at += [step] * len(told)
     return at
 

@@ -15,7 +15,7 @@ DESIGN = {
     "teachers": "images_per_s idle_share",
     "label_age_steps": "p50 p95 max",
 }
-EXTRAS = {"class_names", "steps", "labels", "skipped"}
+EXTRAS = {"class_names", "steps", "labels", "skipped", "label_free"}
 STUDENT = {
     "images_per_s": 10.0,
     "wait_share": 0.001,
@@ -26,6 +26,7 @@ STUDENT = {
     "skipped": [],
 }
 TEACHERS = {"images_per_s": 3.0, "idle_share": 0.1, "labels_made": 8, "teacher_failures": 0, "coverage": 1.0}
+FREE = {"entropy": 0.4, "recommended": 30, "recommended_score": None}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def score(miou):
 
 
 def results(setup, **scores):
-    return assemble(setup, {name: score(v) for name, v in scores.items()}, STUDENT, TEACHERS, {"adapt": 1.234})
+    return assemble(
+        setup, {name: score(v) for name, v in scores.items()}, STUDENT, TEACHERS, {"adapt": 1.234}, label_free=FREE
+    )
 
 
 def test_the_result_has_the_keys_of_the_design(setup):

@@ -6,6 +6,7 @@ import torch
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from actors.evaluator import Recommended
 from pipelines.options import AdaptOptions
 from pipelines.setup import resolve
 from pipelines.trained import describe, load_trained, newest_run, read_description
@@ -78,3 +79,14 @@ def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(RunError, match=r"is damaged .* remove its folder"):
         load_trained(setup.plan.folder, CPU)
+
+
+def test_the_recommended_weights_are_another_step(tmp_path):
+    setup, network = finished_run(tmp_path)
+    with pytest.raises(RunError, match="recommends no step yet"):
+        load_trained(setup.plan.folder, CPU, "recommended")
+    offered = {name: tensor.numpy() + 1 for name, tensor in network.state_dict().items()}
+    Recommended(f"{setup.plan.folder}/recommended").offer(2, 0.5, offered)
+    trained = load_trained(setup.plan.folder, CPU, "recommended")
+    assert trained.step == 2
+    torch.testing.assert_close(trained.network.conv1.weight, network.conv1.weight + 1)

@@ -1,0 +1,97 @@
+"""Looks at the same few unlabelled target images again and again, with ever newer weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.errors import UnreadableImage
+from actors.protocols import ImageReader
+from actors.teacher import load_weights
+from models.label_free import TargetSignals
+from models.networks.deeplab import DeepLab, fused
+
+Size = tuple[int, int]
+
+
+class Watcher:
+    """Measures label-free signals. Plain object.
+
+    Args:
+        network: builds the network.
+        reader: target images without labels.
+        prepare: uint8 N×H×W×3 RGB → network input.
+        view: size (width, height) at which images are seen.
+        images: how many, spread evenly.
+        num_classes: C.
+        device: where it runs.
+        batch: images in one forward pass.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        reader: ImageReader,
+        prepare: Callable[[Tensor], Tensor],
+        view: Size,
+        images: int,
+        num_classes: int,
+        device: torch.device,
+        batch: int = 4,
+    ) -> None:
+        self.teaching, self.student = (network().to(device).eval().requires_grad_(False) for _ in range(2))
+        self.reader, self.prepare, self.view = reader, prepare, view
+        self.num_classes, self.device, self.batch = num_classes, device, batch
+        count = min(images, len(reader))
+        self.indices = [i * len(reader) // count for i in range(count)]
+        self._before: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def look(
+        self, teaching: Mapping[str, np.ndarray], student: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, Any]:
+        """Measure one set of weights.
+
+        Args:
+            teaching: weights that teach and are scored.
+            student: the student's own at the same step; None leaves ``agreement`` out.
+
+        Returns:
+            What :class:`models.label_free.TargetSignals` measures, and ``class_shares``; ``stability`` from the second
+            time on. Empty when none of the images can be read.
+        """
+        load_weights(self.teaching, teaching)
+        if student is not None:
+            load_weights(self.student, student)
+        signals, seen = TargetSignals(self.num_classes), []
+        for number, inputs in enumerate(self._inputs()):
+            others = {}
+            if student is not None:
+                others["agreement"] = self._classes(inputs)
+            if self._before is not None and number < len(self._before):
+                others["stability"] = self._before[number]
+            assert isinstance(self.teaching, DeepLab)
+            seen.append(signals.update(self.teaching(inputs), others))
+        self._before = seen
+        return {**signals.values(), "class_shares": signals.class_shares()} if seen else {}
+
+    def _classes(self, inputs: Tensor) -> Tensor:
+        assert isinstance(self.student, DeepLab)
+        return fused(self.student(inputs)).argmax(1)
+
+    def _inputs(self) -> list[Tensor]:
+        """Network inputs in batches; an image that cannot be read is left out."""
+        images = []
+        for index in self.indices:
+            try:
+                images.append(np.array(self.reader.read(index, self.view)))
+            except UnreadableImage:
+                continue
+        stacked: Sequence[np.ndarray] = [
+            np.stack(images[start : start + self.batch]) for start in range(0, len(images), self.batch)
+        ]
+        return [self.prepare(torch.from_numpy(part).to(self.device)) for part in stacked]

@@ -1,0 +1,82 @@
+"""What unlabelled target images tell about a network: signals that need no target label, and a score made of them.
+
+All are means over the cells of the network's own grid. With p the softmax of the fused logits of a cell:
+entropy −Σ p ln p / ln C; diversity, the same of the mean of p over all cells; disagreement, the share of cells in which
+the two heads name different classes; agreement and stability, the shares in which the student, or the weights looked at
+before, name the same class as the teaching network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from models.networks.deeplab import Logits, fused
+
+
+class TargetSignals:
+    """Accumulates the signals over batches of target images.
+
+    Args:
+        num_classes: C.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes, self.cells = num_classes, 0
+        self._entropy = self._disagreed = 0.0
+        self._mean = torch.zeros(num_classes, dtype=torch.float64)
+        self._shares = torch.zeros(num_classes, dtype=torch.float64)
+        self._same: dict[str, float] = {}
+
+    @torch.no_grad()
+    def update(self, logits: Logits, others: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Count a batch.
+
+        Args:
+            logits: of the teaching network, (N, C, h, w) per head.
+            others: classes (N, h, w) that others see in the same cells, by the name of the signal.
+
+        Returns:
+            The teaching network's own classes, int64 (N, h, w).
+        """
+        log_p = fused(logits).float().log_softmax(1)
+        p = log_p.exp()
+        winner = p.argmax(1)
+        self.cells += winner.numel()
+        self._entropy += float(-(p * log_p).sum())
+        self._disagreed += float((logits.aux.argmax(1) != logits.main.argmax(1)).sum())
+        self._mean += p.sum((0, 2, 3)).double().cpu()
+        self._shares += torch.bincount(winner.flatten(), minlength=self.num_classes).double().cpu()
+        for name, classes in (others or {}).items():
+            self._same[name] = self._same.get(name, 0.0) + float((classes == winner).sum())
+        return winner
+
+    def values(self) -> dict[str, float]:
+        """The signals by name, each in 0..1, and their ``label_free_score``. Empty before the first batch."""
+        if not self.cells:
+            return {}
+        scale = math.log(self.num_classes)
+        mean = self._mean / self.cells
+        signals = {
+            "entropy": self._entropy / self.cells / scale,
+            "diversity": float(-torch.special.xlogy(mean, mean).sum()) / scale,
+            "disagreement": self._disagreed / self.cells,
+            **{name: same / self.cells for name, same in self._same.items()},
+        }
+        return {**signals, "label_free_score": label_free_score(signals)}
+
+    def class_shares(self) -> list[float]:
+        """Share of the cells in which every class wins."""
+        return (self._shares / max(1, self.cells)).tolist()
+
+
+def label_free_score(signals: Mapping[str, float]) -> float:
+    """How good a network looks without a label; higher is better, and two steps of one run can be compared.
+
+    The mutual information between cells and classes, diversity − entropy (Bridle et al., NIPS 1991; sure about every
+    cell, yet not of one class everywhere), less the disagreement of the heads.
+    """
+    return signals["diversity"] - signals["entropy"] - signals["disagreement"]

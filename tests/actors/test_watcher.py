@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from actors.errors import UnreadableImage
+from actors.watcher import Watcher
+from models.label_free import TargetSignals
+from models.networks.deeplab import DeepLab, DeepLabConfig
+from pipelines.views import network_input
+
+CONFIG = DeepLabConfig(
+    num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)
+)
+
+
+class Reader:
+    def __init__(self, images=10, broken=()):
+        self.images, self.broken, self.asked = images, broken, []
+
+    def __len__(self):
+        return self.images
+
+    def read(self, index, size):
+        self.asked.append(index)
+        if index in self.broken:
+            raise UnreadableImage(f"/data/{index}.png", "broken")
+        return np.random.default_rng([index, *size]).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+
+
+def weights(seed):
+    torch.manual_seed(seed)
+    made = DeepLab(CONFIG)
+    for head in made.heads():
+        torch.nn.init.normal_(head.classifier.weight)
+    return made.eval(), {name: tensor.numpy() for name, tensor in made.state_dict().items()}
+
+
+def watcher(reader, images=5, batch=4):
+    return Watcher(
+        lambda: DeepLab(CONFIG), reader, network_input, (48, 32), images, 4, torch.device("cpu"), batch=batch
+    )
+
+
+def test_it_measures_spread_images_whatever_the_batch():
+    made, teaching = weights(0)
+    reader = Reader()
+    found = watcher(reader).look(teaching)
+    assert reader.asked == [0, 2, 4, 6, 8]
+    expected = TargetSignals(4)
+    with torch.no_grad():
+        for index in list(reader.asked):
+            expected.update(made(network_input(torch.from_numpy(reader.read(index, (48, 32)))[None])))
+    assert {name: found[name] for name in expected.values()} == pytest.approx(expected.values(), rel=1e-5)
+    assert found["class_shares"] == pytest.approx(expected.class_shares())
+    assert "agreement" not in found
+
+
+def test_agreement_is_with_the_student_and_stability_with_the_weights_before():
+    watching, (_, one), (_, two) = watcher(Reader()), weights(0), weights(1)
+    first = watching.look(one, one)
+    assert first["agreement"] == 1.0
+    assert "stability" not in first
+    second = watching.look(two, one)
+    assert second["stability"] == second["agreement"] < 1.0
+    assert watching.look(two)["stability"] == 1.0
+
+
+def test_broken_images_are_left_out():
+    _, teaching = weights(0)
+    found = watcher(Reader(broken=(2, 6))).look(teaching)
+    assert sum(found["class_shares"]) == pytest.approx(1.0)
+    assert watcher(Reader(broken=range(10))).look(teaching) == {}
+
+
+def test_fewer_images_than_asked_for_are_all_looked_at():
+    reader = Reader(images=3)
+    watcher(reader, images=32).look(weights(0)[1])
+    assert reader.asked == [0, 1, 2]

@@ -7,6 +7,7 @@ a resumed run needs no random state: it continues with the numbers the uninterru
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ from models.schedule import set_rate
 LOOK_AHEAD_BATCHES = 8
 """Batches ahead of the step for which the view starts to pull labels."""
 STOP_CHECK_SECONDS = 0.5
+MAX_RECOVERIES = 3
+"""How often a run goes back to its last good weights because the loss was no finite number."""
 
 
 class Link(Protocol):
@@ -148,6 +151,9 @@ class Student:
         self.stopped = False
         self._stop_checked = 0.0
         self._terms: list[dict[str, Tensor]] = []
+        self._good: tuple[int, dict[str, Any]] | None = None
+        """Step and state of the last weights whose losses were finite, on the host."""
+        self._recoveries = 0
         self._logged_at = (0, time.perf_counter())
         self.lead = rank == 0
 
@@ -305,6 +311,8 @@ class Student:
         stage = StageState(plan, index, first_step, network, optimiser, objective, teaching, streams=streams)
         if state is None and self.step > 0:
             self._checkpoint(stage, now=True)
+        else:
+            self._good = self.step, snapshot(self._trained(stage))
         self._publish(stage, pin=self.step == first_step)
         if plan.labels is not None:
             stage.view = self.link.view(index, first_step)
@@ -335,6 +343,8 @@ class Student:
         if not self.lead or self.link.publisher is None:
             return
         network = stage.teaching.settle(self.network)
+        if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
+            return  # the last good version stays the newest; what is wrong is said when the losses are looked at
         compared = self.network if self.plan.evaluate_every and stage.plan.ema_decay is not None else None
         self.link.publisher.publish(self.step, network, pin=pin, student=compared)
         if pin:
@@ -342,19 +352,20 @@ class Student:
 
     def _checkpoint(self, stage: StageState, now: bool) -> None:
         """Save; at the boundaries of stages also report to Train, which is a barrier and waits for one of its polls."""
+        self._log(stage)  # or weights might be saved whose losses nobody has looked at
         if self.lead:
             stage.teaching.settle(self.network)
+        good = snapshot(self._trained(stage))
+        self._good = self.step, good
+        if self.lead:
             state = {
                 "stage": stage.index,
                 "step": self.step,
-                "student": self.network.state_dict(),
-                "optimiser": stage.optimiser.state_dict(),
-                "objective": stage.objective.state_dict(),
-                "teaching": stage.teaching.state_dict(),
-                "tally": self.tally.state_dict(),
+                **good,
+                "tally": snapshot(self.tally.state_dict()),
                 "bank": self._bank_index(stage),
             }
-            self.store.save_later(self.step, snapshot(state), lambda sentence: self.link.say(sentence, self.step))
+            self.store.save_later(self.step, state, lambda sentence: self.link.say(sentence, self.step))
             if now:
                 self.store.wait()
         if now:
@@ -383,11 +394,9 @@ class Student:
         now = time.perf_counter()
         self._logged_at = (self.step, now)
         total = sum(value for name, value in zip(names, means, strict=True) if name.startswith("loss/"))
-        if not np.isfinite(means).all():
-            raise RunError(
-                f"the loss is no finite number any more at step {self.step} ({dict(zip(names, means, strict=True))}); "
-                "start a run with another --seed; if it happens again, the data or an option of the recipe is at fault"
-            )
+        if self._any_rank(not np.isfinite(means).all()):
+            self._recover(stage, dict(zip(names, means, strict=True)))
+            return
         if self.lead:
             summary = self.tally.summary()
             ages = summary.pop("label_age_steps")
@@ -402,6 +411,40 @@ class Student:
                 **summary,
             }
             self.link.write("train", self.step, numbers)
+
+    def _recover(self, stage: StageState, means: dict[str, float]) -> None:
+        """Go back to the last good weights and on with the next samples; every rank does so at the same step.
+
+        Raises:
+            RunError: it has happened too often.
+        """
+        self._recoveries += 1
+        said = f"the loss is no finite number any more at step {self.step} ({means})"
+        if self._good is None or self._recoveries > MAX_RECOVERIES:
+            raise RunError(
+                f"{said}; start a run with another --seed; if it happens again, the data or an option of the recipe is "
+                "at fault"
+            )
+        step, state = self._good
+        state = copy.deepcopy(state)  # an optimiser goes on working in the tensors it is given
+        self.network.load_state_dict(state["student"])
+        stage.optimiser.load_state_dict(state["optimiser"])
+        stage.objective.load_state_dict(state["objective"])
+        stage.teaching.load_state_dict(state["teaching"])
+        if self.lead:
+            self.link.say(
+                f"{said}: student and teacher go back to their weights of step {step} and on with the next pictures",
+                self.step,
+            )
+
+    def _trained(self, stage: StageState) -> dict[str, Any]:
+        """Everything that training changes in a stage."""
+        return {
+            "student": self.network.state_dict(),
+            "optimiser": stage.optimiser.state_dict(),
+            "objective": stage.objective.state_dict(),
+            "teaching": stage.teaching.state_dict(),
+        }
 
     def _count_skipped(self, stage: StageState, item: RawBatch) -> None:
         for path in item.skipped:

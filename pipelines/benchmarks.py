@@ -162,10 +162,9 @@ SHORTEST_SIDE = 32
 
 
 def _typical_size(split: Split) -> Size:
-    """Median width and height of some images, evenly spread; broken ones do not count.
+    """Size of the image with the middle proportions, of some that are evenly spread; broken ones do not count.
 
-    Images of other sizes are resized to what is derived from it, so a width and a height of different images would
-    fit neither: it is the size of the image whose proportions are the middle ones.
+    Not the median width and height: those may belong to different images and fit neither.
     """
     step = -(-len(split) // MEASURED_IMAGES)
     sizes = [size for path in split.image_paths[::step] if (size := image_size(path)) is not None]

@@ -26,6 +26,7 @@ from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
 from pipelines.views import network_input
 
+SMALLEST_CROP = 16
 WATCHED_IMAGES = 32
 """Target images on which label-free signals are measured."""
 
@@ -159,13 +160,25 @@ def open_domains(options: DataOptions, pair: Published) -> Domains:
 
 
 def sized_preset(options: AdaptOptions, pair: Benchmark, schedules: int) -> Preset:
-    """The preset of the options, with the length, batch and image size that they ask for."""
+    """The preset of the options, with the length, batch and image size that they ask for.
+
+    Raises:
+        RunError: there is no such preset, or what is asked for leaves too few steps or pixels.
+    """
     size = preset(options.resolved_preset, pair)
     if options.steps is not None:
         size = size.with_steps(options.steps, schedules)
     if options.batch is not None:
         size = size.with_batch(options.batch)
-    return size.with_scale(options.scale) if options.scale != 1 else size
+    if options.scale != 1:
+        size = size.with_scale(options.scale)
+        smallest = min(min(stage.crop) for stage in size.stages)
+        if smallest < SMALLEST_CROP:
+            raise RunError(
+                f"--scale {options.scale:g} leaves crops {smallest} pixels wide or high; a network that sees every "
+                f"eighth pixel needs {SMALLEST_CROP}. Give a larger scale."
+            )
+    return size
 
 
 def wants_references(options: AdaptOptions) -> bool:

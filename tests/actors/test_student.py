@@ -369,18 +369,54 @@ def test_exactly_one_percent_is_still_borne(tmp_path):
     assert len(student(run_plan(tmp_path, [stage(steps=3, streams=streams)])).run()["skipped"]) == 5
 
 
-@pytest.mark.parametrize(("healthy", "noticed"), [(0, 1), (1, 2), (2, 4)])
-def test_a_loss_that_is_no_number_ends_the_run_and_says_where(tmp_path, healthy, noticed):
-    """At the next line of metrics: only there the loss is looked at."""
+class Breaking(TinyObjective):
+    """Its loss is no number at some steps."""
 
-    class Breaking(TinyObjective):
+    def __init__(self, context, at):
+        super().__init__(context)
+        self.at = at
+
+    def losses(self, network, batch, info):
+        self.scale = float("nan") if info.stage_step in self.at else 1.0
+        return super().losses(network, batch, info)
+
+
+@pytest.mark.parametrize(("broken", "noticed", "back"), [(0, 1, 0), (1, 2, 0), (2, 4, 0), (5, 6, 4), (9, 10, 8)])
+def test_a_loss_that_is_no_number_sends_the_student_back_to_its_last_good_weights(tmp_path, broken, noticed, back):
+    """At the next line of metrics: only there the loss is looked at."""
+    link = FakeLink()
+    objective = partial(Breaking, at={broken})
+    made = student(run_plan(tmp_path, [stage(steps=12, objective=objective)], checkpoint_every=4), link)
+    assert made.run()["step"] == 12
+    (said,) = (text for text in link.said if "no finite number" in text)
+    assert f"at step {noticed} " in said
+    assert f"go back to their weights of step {back} " in said
+    assert all(tensor.isfinite().all() for tensor in made.network.state_dict().values())
+    assert all(w.isfinite().all() for *_, weights in link.publisher.published for w in weights.values())
+    assert any(step > noticed for kind, step, _ in link.lines if kind == "train")
+    assert CheckpointStore(tmp_path / "checkpoints").newest()["step"] == 12
+
+
+def test_going_back_leaves_the_good_weights_as_they_were(tmp_path):
+    """The optimiser works on in what it is given; twice back must be twice the same."""
+    seen = []
+
+    class Watched(Breaking):
         def losses(self, network, batch, info):
-            self.scale = 1.0 if info.stage_step < healthy else float("nan")
+            seen.append((info.stage_step, network.state_dict()["conv.weight"].clone()))
             return super().losses(network, batch, info)
 
-    plan = run_plan(tmp_path, [stage(steps=4, objective=Breaking)])
-    with pytest.raises(RunError, match=rf"no finite number any more at step {noticed} .*loss/source"):
-        student(plan).run()
+    objective = partial(Watched, at={3, 7})
+    student(run_plan(tmp_path, [stage(steps=10, objective=objective)])).run()
+    at = dict(seen)
+    torch.testing.assert_close(at[4], at[0])
+    torch.testing.assert_close(at[8], at[0])
+
+
+def test_a_loss_that_is_never_a_number_ends_the_run(tmp_path):
+    objective = partial(Breaking, at=set(range(100)))
+    with pytest.raises(RunError, match=r"no finite number any more at step 6 .*loss/source.*another --seed"):
+        student(run_plan(tmp_path, [stage(steps=20, objective=objective)])).run()
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

@@ -1,13 +1,17 @@
 """Whole runs on folders of one's own: few classes and many, images of mixed sizes, one image a batch."""
 
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
+import run as command
 from tests.engine.engine_runs import start_run
 from tests.own_data import write_own_data
 
 pytestmark = pytest.mark.slow
+README = Path(__file__).parent.parent.parent / "README.md"
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,23 @@ def test_a_target_without_labels_is_adapted_to_and_not_scored(local_ray, tmp_pat
     assert set(outcome.results["scores"].values()) == {None}
     assert outcome.results["gap_closed"] is None
     assert outcome.results["protocol"]["label_size"] is None
+
+
+def test_the_first_hour_of_the_readme_works_when_pasted(local_ray, tmp_path, monkeypatch, capsys):
+    block = README.read_text().split("<!-- first-hour -->")[1].split("```")[1]
+    commands = [shlex.split(line) for line in block.strip().splitlines()]
+    assert len(commands) == 5
+    monkeypatch.chdir(tmp_path)
+    for python, script, *arguments in commands:
+        assert (python, script) == ("python", "run.py")
+        arguments = ["12" if item == "400" else item for item in arguments]
+        if arguments[:2] == ["data", "sample"]:
+            arguments += ["--size", "tiny"]
+        elif arguments[0] == "--source":
+            arguments += ["--preset", "tiny", "--no-dashboard"]
+        assert command.main(arguments) == 0, arguments
+        capsys.readouterr()
+    assert (tmp_path / "runs/first/results.json").is_file()
+    assert (tmp_path / "runs/first/evaluation/per_image.csv").is_file()
+    assert len(list((tmp_path / "data-check").glob("*.png"))) == 4
+    assert list((tmp_path / "predictions").glob("*_uncertainty.png"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from rich.console import Console
 
 import run
 from pipelines.options import AdaptOptions, write_config
@@ -227,8 +228,6 @@ def results(**more):
 
 
 def test_the_table_says_miniature_and_names_the_protocol(capsys):
-    from rich.console import Console
-
     run.print_table(results(gap_closed=0.61), Console(width=160))
     shown = capsys.readouterr().out
     assert "miniature" in shown
@@ -236,3 +235,29 @@ def test_the_table_says_miniature_and_names_the_protocol(capsys):
     assert "mIoU16" in shown
     assert "0.61" in shown
     assert "wall" not in shown, "a class that no row has a score for"
+
+
+@pytest.mark.parametrize(
+    ("recommended", "said"),
+    [
+        (100, "without labels, the last step (100) also looks best"),
+        (90, "without labels, step 90 of 100 looks best: mIoU 31.0, the last step has 30.0"),
+        (None, None),
+    ],
+)
+def test_the_step_that_looks_best_stands_beside_the_last_one(recommended, said, capsys):
+    label_free = {"recommended": recommended, "recommended_score": {"miou": 31.0}}
+    run.print_table(results(steps=100, label_free=label_free), Console(soft_wrap=True))
+    printed = capsys.readouterr().out
+    assert "adapted" in printed
+    assert said in printed if said else "without labels" not in printed
+
+
+def test_without_target_labels_the_command_says_that_nothing_was_scored(capsys):
+    unscored = {"source_only": None, "adabn": None, "adapted": None, "oracle": None}
+    label_free = {"recommended": 90, "recommended_score": None}
+    run.print_table(results(scores=unscored, steps=100, label_free=label_free), Console(soft_wrap=True))
+    printed = capsys.readouterr().out
+    assert "no target image has a label" in printed
+    assert "step 90 of 100 looks best" in printed
+    assert "mIoU" not in printed

@@ -129,12 +129,15 @@ def predict(
     Raises:
         RunError: there is no such run or picture, none of the pictures can be read, or the results cannot be written.
     """
-    files = find_pictures(paths)
+    target = Path(out).absolute()
+    files = [(path, name) for path, name in find_pictures(paths) if not path.is_relative_to(target)]
+    if not files:
+        raise RunError(f"all pictures lie in {target}, where the results go; give another --out")
     torch.set_num_threads(threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(newest_run(runs) if run is None else run, device, weights)
     predictor = Predictor(trained, device, passes)
-    done = Predicted(trained.folder, trained.step, Path(out).absolute())
+    done = Predicted(trained.folder, trained.step, target)
     for number, (path, name) in enumerate(files):
         try:
             image = read_image(str(path))

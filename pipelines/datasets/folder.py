@@ -178,7 +178,10 @@ def _matches(path: Path, pattern: str, key: str) -> dict[tuple[str, ...], Path]:
     parts = root.parts
     fixed = next((i for i, part in enumerate(parts) if "*" in part), None)
     if fixed is None:
-        raise DataError(f'{path}: {key} = {pattern!r} names a single file; use a star, for example "{pattern}/*.png"')
+        raise DataError(
+            f"{path}: {key} = {pattern!r} names a single file; use * or **, the only wildcards, for example "
+            f'"{pattern}/*.png"'
+        )
     base = Path(*parts[:fixed])
     if not base.is_dir():
         raise DataError(f"{path}: {key} = {pattern!r}, but the folder {base} does not exist")

@@ -107,6 +107,14 @@ def test_what_is_no_picture_is_skipped_and_named_and_the_others_are_predicted(ru
         go(run, tmp_path, str(tmp_path / "bad.png"))
 
 
+def test_its_own_results_are_not_predicted_again(run, tmp_path):
+    for _ in range(2):
+        done, _ = go(run, tmp_path, str(tmp_path))
+        assert done.pictures == 8 * 2 + 8 * 2  # photos and masks of both domains
+    with pytest.raises(RunError, match="give another --out"):
+        go(run, tmp_path, str(tmp_path / "out"))
+
+
 def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -182,8 +182,7 @@ def _write_overlays(splits: list[Split], classes: ClassSet, out: Path) -> Iterat
             continue
         if image.shape[:2] != label.shape:
             continue
-        factor = min(1.0, OVERLAY_SIDE / max(label.shape))
-        size = max(1, round(label.shape[1] * factor)), max(1, round(label.shape[0] * factor))
+        size = pictures.fitted(label.shape, OVERLAY_SIDE)
         image, label = split.image(index, size), split.label(index, size)
         both = pictures.side_by_side([image, pictures.overlay(image, label, classes)])
         shown = [train_id for train_id in np.unique(label).tolist() if train_id != IGNORE]

@@ -53,6 +53,12 @@ def shrunk(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]
     return np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
 
 
+def fitted(shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """(width, height) of a picture of shape (H, W, …) with its longer side at most ``side``."""
+    factor = min(1.0, side / max(shape[:2]))
+    return max(1, round(shape[1] * factor)), max(1, round(shape[0] * factor))
+
+
 def side_by_side(pictures: Sequence[NDArray[np.uint8]], gap: int = 4) -> NDArray[np.uint8]:
     """Pictures of one height, (H, W, 3) uint8, in a row on white."""
     white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)

@@ -119,9 +119,7 @@ class PerImage:
             pictures.save(picture, folder / "worst" / f"{place:02d}-{name}.jpg")
 
     def _compare(self, index: int, prediction: np.ndarray, title: str) -> Any:
-        label = self.split.label(index)
-        factor = min(1.0, WORST_SIDE / max(label.shape))
-        size = max(1, round(label.shape[1] * factor)), max(1, round(label.shape[0] * factor))
+        size = pictures.fitted(prediction.shape, WORST_SIDE)
         image, label = self.split.image(index, size), self.split.label(index, size)
         guess = pictures.shrunk(prediction, size)
         row = [image, pictures.overlay(image, label, self.classes), pictures.overlay(image, guess, self.classes)]

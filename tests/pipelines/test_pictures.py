@@ -45,3 +45,10 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         pictures.save(Image.new("RGB", (2, 2)), tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_fitted_by_its_longer_side_and_never_enlarged():
+    assert pictures.fitted((100, 400), 200) == (200, 50)
+    assert pictures.fitted((400, 100, 3), 200) == (50, 200)
+    assert pictures.fitted((10, 20), 200) == (20, 10)
+    assert pictures.fitted((1, 4000), 200) == (200, 1)

@@ -199,7 +199,8 @@ def main(arguments: list[str]) -> int:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False, style="red")
         return 2
     except KeyboardInterrupt:
-        console.print("aborted; the last checkpoint is what a resume continues from")
+        trains = arguments[:1] in ([], ["adapt"]) or arguments[0].startswith("-")
+        console.print("aborted" + ("; the last checkpoint is what a resume continues from" if trains else ""))
         return 130
 
 

@@ -31,13 +31,13 @@ from actors.errors import RunError, UnreadableImage  # noqa: E402
 from pipelines.datasets.dataset import DataError  # noqa: E402
 from pipelines.options import AdaptOptions, DataOptions, read_config  # noqa: E402
 
-ROW_NAMES = {"source_only": "source-only", "adabn": "AdaBN", "adapted": "adapted", "oracle": "oracle"}
 SHOWN_MISTAKES = 20
-COMMANDS = ("adapt", "evaluate", "predict", "data")
+COMMANDS = ("adapt", "evaluate", "predict", "report", "data")
 HELP = {
     "--resume RUN": "continue a stopped run",
     "evaluate RUN": "score its newest checkpoint again, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
+    "report RUN": "write its report.html again, from the files in its directory",
     "data sample DIR": "two folders of rendered pictures to try all this on",
     "data check": "look at every file before a run does",
     "data prepare": "decode every file ahead of a run",
@@ -57,8 +57,8 @@ class ResumeOptions:
 class EvaluateOptions:
     """Score the newest checkpoint of a run again, without training.
 
-    Writes evaluation/per_image.csv into the run directory (IoU of every class in every image), and evaluation/worst:
-    the ten worst images with their labels.
+    Writes into the folder evaluation of the run directory: per_image.csv (IoU of every class in every image),
+    confusion.csv, and worst, the ten worst images with their labels.
     """
 
     run: Annotated[str, tyro.conf.Positional]
@@ -91,6 +91,14 @@ class PredictOptions:
             raise RunError(f"--passes is {self.passes}; give 0 for no uncertainty, or at least 2")
         if self.threads is not None and self.threads < 1:
             raise RunError(f"--threads is {self.threads}; give at least 1")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Write report.html of a run again from the files in its directory, whether it has ended or not."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         return _evaluate(tyro.cli(EvaluateOptions, prog="run.py evaluate", args=rest), console)
     if command == "predict":
         return _predict(tyro.cli(PredictOptions, prog="run.py predict", args=rest), console)
+    if command == "report":
+        return _report(tyro.cli(ReportOptions, prog="run.py report", args=rest), console)
     if command == "data":
         return _data(rest, console)
     if command not in ("", "adapt"):
@@ -252,6 +262,8 @@ def _adapt(options: AdaptOptions, console: Console, *, resume: bool = False) -> 
         f"Everything is in {outcome.folder}",
         highlight=False,
     )
+    if outcome.report is not None:
+        console.print(f"Open this in a browser: {outcome.report}", highlight=False, markup=False)
     return 0
 
 
@@ -286,6 +298,16 @@ def _predict(options: PredictOptions, console: Console) -> int:
         f"Results are in {done.out}",
         highlight=False,
     )
+    return 0
+
+
+def _report(options: ReportOptions, console: Console) -> int:
+    from pipelines.report.page import write_report
+
+    try:
+        console.print(str(write_report(options.run)), highlight=False, markup=False)
+    except OSError as error:
+        raise RunError(f"the report cannot be written: {error.strerror or error}") from error
     return 0
 
 
@@ -374,10 +396,11 @@ def _progress(console: Console) -> Progress:
 
 def print_table(results: dict[str, Any], console: Console) -> None:
     """The final table: every score with its protocol, per class."""
-    protocol = results["protocol"]
+    from pipelines.results import ROW_NAMES
+
     rows = [(ROW_NAMES[key], value) for key, value in results["scores"].items() if value]
     if rows:
-        _print_scores(results, protocol, rows, console)
+        _print_scores(results, rows, console)
     else:
         console.print("no target image has a label, so nothing was scored; look at the pictures: run.py predict")
     _print_labels(results, console)
@@ -398,15 +421,13 @@ def _print_recommended(results: dict[str, Any], console: Console) -> None:
     console.print(f"without labels, step {step} of {results['steps']} looks best{scored}", highlight=False)
 
 
-def _print_scores(
-    results: dict[str, Any], protocol: dict[str, Any], rows: list[tuple[str, Any]], console: Console
-) -> None:
-    label = "×".join(map(str, protocol["label_size"]))
-    views = ", ".join(f"{w}×{h}{' mirrored' if m else ''}" for w, h, m in protocol["views"])
+def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console: Console) -> None:
+    from pipelines.results import protocol_sentence
+
     table = Table(
         title=f"{results['benchmark']} ({results['data']}), recipe {results['recipe']}, seed {results['seed']}: "
-        f"IoU in % over {protocol['classes']} classes",
-        caption=f"adapted = {protocol['network']} network at the last step; views {views}; labels {label}",
+        "IoU in %",
+        caption=protocol_sentence(results["protocol"]),
     )
     table.add_column("")
     for name, _ in rows:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import UnreadableImage
+from actors.showcase import Showcase, Shown
 from actors.teacher import YIELDING, load_weights
 from actors.watcher import Watcher
 from models.networks.deeplab import DeepLab, adapt_batch_norm
@@ -76,7 +77,8 @@ class Scorer:
             see: told (index, prediction int64 H×W, label uint8 H×W) of every image.
 
         Returns:
-            ``{"miou", "per_class", "protocols", "images"}``, IoU in percent; None for a class that occurs nowhere.
+            ``{"miou", "per_class", "protocols", "images", "confusion"}``, IoU in percent, None for a class that occurs
+            nowhere; the confusion matrix as pixel counts, a row a class of the labels, a column a predicted class.
 
         Raises:
             UnreadableImage: a validation file is broken: a score over fewer images would be another score.
@@ -96,16 +98,17 @@ class Scorer:
             "per_class": [None if math.isnan(v) else round(v, 3) for v in per_class.tolist()],
             "protocols": means,
             "images": len(self.reader),
+            "confusion": matrix.matrix.tolist(),
         }
 
     def predict(self, index: int, size: tuple[int, int]) -> Tensor:
         """Classes of one image at a label's (height, width), int64 on the CPU."""
-        assert isinstance(self.network, DeepLab)
-        images = [
+        inputs = [
             self.prepare(torch.from_numpy(np.array(self.reader.read(index, view)))[None].to(self.device))
             for view in self.views
         ]
-        views = trunk_views(self.network, images, mirror=self.mirrored)
+        assert isinstance(self.network, DeepLab)
+        views = trunk_views(self.network, inputs, mirror=self.mirrored)
         return mean_probabilities(self.network, views, None, size)[0].argmax(0).cpu()
 
     def with_statistics_of(
@@ -136,11 +139,14 @@ class Scorer:
 
 
 class Evaluator:
-    """Shell of :class:`Scorer` and :class:`actors.watcher.Watcher`; writes what they find into the run log.
+    """Shell of :class:`Scorer`, :class:`actors.watcher.Watcher` and :class:`actors.showcase.Showcase`.
+
+    What the first two find goes into the run log.
 
     Args:
         make_scorer: builds the scorer; None where there are no labels to score on.
         make_watcher: builds the watcher.
+        make_showcase: builds the showcase; called when pictures are asked for.
         target: target images without labels, for AdaBN.
         board: where the newest weights hang.
         run_log: where numbers are written.
@@ -152,6 +158,7 @@ class Evaluator:
         self,
         make_scorer: Callable[[torch.device], Scorer] | None,
         make_watcher: Callable[[torch.device], Watcher],
+        make_showcase: Callable[[torch.device], Showcase],
         target: Any,
         board: Any,
         run_log: Any,
@@ -164,6 +171,7 @@ class Evaluator:
             os.nice(YIELDING)
         self.scorer = None if make_scorer is None else make_scorer(device)
         self.watcher = make_watcher(device)
+        self.device, self.make_showcase = device, make_showcase
         self.target, self.board, self.run_log = target, board, run_log
         self.recommended = Recommended(folder)
 
@@ -212,6 +220,10 @@ class Evaluator:
         count = min(images, len(self.target))
         indices = [i * len(self.target) // count for i in range(count)]
         return self.scorer.score(self.scorer.with_statistics_of(weights, self.target, indices))
+
+    def show(self, rows: Mapping[str, Mapping[str, np.ndarray]], thresholds: np.ndarray | None) -> list[Shown]:
+        """See :meth:`actors.showcase.Showcase.show`."""
+        return self.make_showcase(self.device).show(rows, thresholds)
 
 
 class Recommended:

@@ -174,10 +174,24 @@ class LabelBook:
             self._thresholds = self.plan.selection.thresholds(self.histogram)
         return self._thresholds
 
+    def accepted_pixels(self) -> np.ndarray:
+        """Pixels of every class that students learn from, int64 C, over the live records and at today's thresholds."""
+        if self.plan.selection is None:
+            return sum((e.class_pixels for e in self.entries.values()), np.zeros(len(self.histogram), np.int64))
+        thresholds = self.thresholds()
+        if thresholds is None:
+            return np.zeros(len(self.histogram), np.int64)
+        return (self.histogram * (np.arange(256) >= thresholds[:, None])).sum(1)
+
     def class_shares(self) -> np.ndarray:
-        """Share of every class in what the live records offer; zeros when there are none."""
-        total = sum((e.class_pixels for e in self.entries.values()), np.zeros(len(self.histogram), np.int64))
-        return total / max(1, total.sum())
+        """Share of every class among the accepted pixels; zeros when there are none."""
+        accepted = self.accepted_pixels()
+        return accepted / max(1, accepted.sum())
+
+    def acceptance(self) -> list[float | None]:
+        """Accepted share of the pixels that the teachers take for each class; None for a class they see nowhere."""
+        seen = self.histogram.sum(1)
+        return [float(a) / float(n) if n else None for a, n in zip(self.accepted_pixels(), seen, strict=True)]
 
     def delta(self, since: int) -> list[tuple[int, list[Any], int]]:
         """Live blocks that are newer than a sequence number."""
@@ -326,6 +340,7 @@ class LabelBank:
             "skipped": list(book.counters.skipped),
             "fatal": self.fatal,
             "class_shares": book.class_shares().tolist(),
+            "acceptance": book.acceptance(),
         }
 
     async def blocks(self) -> list[Any]:

@@ -155,6 +155,7 @@ class Student:
         """Step and state of the last weights whose losses were finite, on the host."""
         self._recoveries = 0
         self._logged_at = (0, time.perf_counter())
+        self._ages_logged: Counter[int] = Counter()
         self.lead = rank == 0
 
     def run(self) -> dict[str, Any]:
@@ -169,6 +170,7 @@ class Student:
             self._check_fits(state)
             self.network.load_state_dict(state["student"])
             self.step, first, self.tally = state["step"], state["stage"], Tally.from_state(state["tally"])
+            self._ages_logged = Counter(self.tally.ages)
         if self.link.publisher is not None:
             self.link.publisher.rewind(self.step)
         teaching: TeachingNetwork | None = None
@@ -399,8 +401,10 @@ class Student:
             return
         if self.lead:
             summary = self.tally.summary()
-            ages = summary.pop("label_age_steps")
-            summary.pop("skipped")
+            for name in ("label_age_steps", "skipped"):
+                summary.pop(name)
+            ages = age_statistics(self.tally.ages - self._ages_logged)  # of the labels read since the last line
+            self._ages_logged = Counter(self.tally.ages)
             numbers = {
                 "stage": stage.plan.name,
                 "loss": total,

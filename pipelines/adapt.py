@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
@@ -21,12 +22,15 @@ from actors.evaluator import Evaluator
 from actors.label_bank import LabelBank
 from actors.link import Handles, last_line, train_alone, train_loop
 from actors.run_log import RunLog
+from actors.showcase import Shown
 from actors.teacher import Teacher
 from actors.weight_board import WeightBoard
 from pipelines import cluster
 from pipelines.cluster import HEAD, Shares, actor_options
 from pipelines.options import AdaptOptions, write_config
-from pipelines.results import assemble, write_json
+from pipelines.report.gallery import write_gallery
+from pipelines.report.page import write_report
+from pipelines.results import CONFUSION, assemble, write_confusion, write_json
 from pipelines.setup import Setup, resolve
 from pipelines.trained import describe
 
@@ -47,6 +51,7 @@ class Outcome:
 
     folder: Path
     results: dict[str, Any] | None = None
+    report: Path | None = None
     stopped: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -158,21 +163,31 @@ class Run:
             self._start_bank()
             student = self._train(interrupt)
             self._retire_teachers()
-            if student["stopped"]:
-                outcome.stopped = True
-                return outcome
-            references = self._train_references(interrupt)
+            references = None if student["stopped"] else self._train_references(interrupt)
             if references is None:
                 outcome.stopped = True
-                return outcome
-            scores, label_free = self._score(references)
-            outcome.results = assemble(
-                self.setup, scores, student, self.teacher_status, self.seconds, label_free=label_free
-            )
-            write_json(outcome.folder / "results.json", outcome.results)
+            else:
+                outcome.results = self._results(student, references)
         finally:
             self._end()
+        try:
+            outcome.report = write_report(outcome.folder)
+        except OSError as error:
+            self.watch("message", {"text": f"the report cannot be written: {error.strerror or error}"})
         return outcome
+
+    def _results(self, student: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
+        """Score, and write what came out into the run directory."""
+        folder, classes = Path(self.setup.plan.folder), self.setup.benchmark.classes
+        scores, label_free, shown = self._score(references)
+        if "adapted" in scores:
+            write_confusion(folder / CONFUSION, classes.names, scores["adapted"]["confusion"])
+        for row in [*scores.values(), label_free["recommended_score"] or {}]:
+            row.pop("confusion", None)
+        write_gallery(folder, shown, classes)
+        results = assemble(self.setup, scores, student, self.teacher_status, self.seconds, label_free=label_free)
+        write_json(folder / "results.json", results)
+        return results
 
     def _start_bank(self) -> None:
         setup = self.setup
@@ -207,6 +222,7 @@ class Run:
         self.evaluator = evaluator.remote(
             None if setup.domains.validation is None else setup.make_scorer(),
             setup.make_watcher(),
+            setup.make_showcase(),
             self.reader,
             self.board,
             self.run_log,
@@ -309,9 +325,9 @@ class Run:
             self.run_log.say.remote(
                 "the classes of new labels collapsed: those weights label no more, the last good labels stay"
             )
-        shown = {k: v for k, v in status.items() if k not in ("skipped", "class_shares")}
         if status.get("labels_made") != self.teacher_status.get("labels_made"):
-            self.run_log.write.remote("teachers", self.step, {**shown, "class_shares": status["class_shares"]})
+            shown = {key: value for key, value in status.items() if key != "skipped"}
+            self.run_log.write.remote("teachers", self.step, shown)
 
     def _reopen_round(self) -> None:
         """Give the bank back the finished round of ``refresh="once"`` that the newest checkpoint names."""
@@ -364,8 +380,8 @@ class Run:
             return None
         return {name: item["weights"] for name, item in zip(references, done, strict=True)}
 
-    def _score(self, references: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The table's rows, for which the last step counts, and what the signals that need no label say."""
+    def _score(self, references: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[Shown]]:
+        """The table's rows, for which the last step counts, what the signals that need no label say, and pictures."""
         began = time.monotonic()
         self.watch("phase", {"name": "score", "text": "scoring"})
         self._start_helpers()
@@ -376,6 +392,9 @@ class Run:
                 f"{self.setup.plan.folder} and continue with --resume"
             )
         adapted = _as_numpy(state["teaching"]["network"])
+        thresholds = state.get("bank", {}).get("thresholds")
+        seen = {name: weights for name, weights in references.items() if name == "source_only"} | {"adapted": adapted}
+        pictures = self.evaluator.show.remote(seen, None if thresholds is None else np.array(thresholds, np.uint8))
         jobs = {"label_free": self.evaluator.look.remote(state["step"], adapted, _as_numpy(state["student"]))}
         if self.setup.domains.validation is not None:
             jobs["adapted"] = self.evaluator.score_weights.remote(adapted)
@@ -386,11 +405,12 @@ class Run:
                 jobs["adabn"] = self.evaluator.adabn.remote(references["source_only"])
         try:
             found = {name: ray.get(job) for name, job in jobs.items()}
+            shown = ray.get(pictures)
         except ray.exceptions.RayError as error:
             raise _readable(error) from error
         self.seconds["score"] = time.monotonic() - began
         label_free = {**found.pop("label_free"), "recommended_score": found.pop("recommended", None)}
-        return found, label_free
+        return found, label_free, shown
 
     def _end(self) -> None:
         for actor in [*self.teachers, self.bank, self.evaluator, self.board, self.run_log]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+RECIPE_OPTIONS = ("eplc", "mrnet")
+"""Fields of :class:`AdaptOptions` that hold the options of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,23 @@ class AdaptOptions(DataOptions):
         if self.name is None:
             raise RunError("this run has no name yet")
         return Path(self.runs).absolute() / self.name
+
+
+def command_line(options: AdaptOptions) -> str:
+    """The command that repeats a run: every option that is not at its default, but neither name nor place."""
+    parts = ["python", "run.py", *([] if options.source is not None else ["--benchmark", options.benchmark])]
+    for prefix, given in (("", options), *((f"{name}.", getattr(options, name)) for name in RECIPE_OPTIONS)):
+        for item in dataclasses.fields(given):
+            value = getattr(given, item.name)
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            if value == default or item.name in (*RECIPE_OPTIONS, "benchmark", "name", "runs"):
+                continue
+            flag = f"{prefix}{item.name}".replace("_", "-")
+            if isinstance(value, bool):
+                parts.append(f"--{flag}" if value else f"--{prefix}no-{item.name}".replace("_", "-"))
+            else:
+                parts += [f"--{flag}", str(value)]
+    return shlex.join(parts)
 
 
 def write_config(options: AdaptOptions) -> None:

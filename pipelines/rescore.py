@@ -19,7 +19,7 @@ from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
-from pipelines.results import ROWS, protocol
+from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
 from pipelines.setup import resolve
 from pipelines.trained import check_fits, newest_weights
 
@@ -32,8 +32,8 @@ COLUMNS = ("image", "class", "iou", "label_pixels", "predicted_pixels", "shared_
 def rescore(options: AdaptOptions) -> dict[str, Any]:
     """Score a run's newest checkpoint; rows that the run measured itself are taken from its ``results.json``.
 
-    Beside the scores it writes ``evaluation/per_image.csv`` and ``evaluation/worst/``, overlays of the images with the
-    lowest mean IoU over the classes that their labels hold.
+    Beside the scores it writes ``per_image.csv``, ``confusion.csv`` and ``worst/`` into the folder ``evaluation``; the
+    last are overlays of the images with the lowest mean IoU over the classes that their labels hold.
 
     Raises:
         RunError: the run has no checkpoint, or one of another network than its options say, or there is nothing to
@@ -49,10 +49,13 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     images = PerImage(setup.domains.validation, setup.benchmark.classes)
     path = folder / "results.json"
     known: dict[str, Any] = json.loads(path.read_text())["scores"] if path.is_file() else {}
-    scores = {row: known.get(row) for row in ROWS}
-    scores["adapted"] = scorer.score(weights, images.see)
+    scores = {row: known.get(row) for row in ROW_NAMES}
+    adapted = scorer.score(weights, images.see)
+    confusion = adapted.pop("confusion")
+    scores["adapted"] = adapted
     try:
         images.write(folder / "evaluation")
+        write_confusion(folder / "evaluation" / CONFUSION, setup.benchmark.classes.names, confusion)
     except OSError as error:
         raise RunError(f"{folder / 'evaluation'} cannot be written: {error.strerror or error}") from error
     return {

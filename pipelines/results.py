@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,10 @@ import torch
 from models.scores import gap_closed
 from pipelines.setup import Setup
 
-ROWS = ("source_only", "adabn", "adapted", "oracle")
+ROW_NAMES = {"source_only": "source-only", "adabn": "AdaBN", "adapted": "adapted", "oracle": "oracle"}
+"""The rows of the score table, in order, and what people call them."""
+CONFUSION = "confusion.csv"
+"""Confusion matrix of the adapted network at the last step, in a run directory."""
 
 
 def assemble(
@@ -46,7 +52,7 @@ def assemble(
         "data": setup.data,
         "protocol": protocol(setup),
         "class_names": list(setup.benchmark.classes.names),
-        "scores": {row: scores.get(row) for row in ROWS},
+        "scores": {row: scores.get(row) for row in ROW_NAMES},
         "gap_closed": None
         if source is None or "adapted" not in scores
         else gap_closed(scores["adapted"]["miou"], source["miou"], None if oracle is None else oracle["miou"]),
@@ -77,9 +83,21 @@ def protocol(setup: Setup) -> dict[str, Any]:
     }
 
 
+def protocol_sentence(protocol: dict[str, Any]) -> str:
+    """What was scored, for people; :func:`protocol` has the parts."""
+    label = "×".join(map(str, protocol["label_size"]))
+    views = ", ".join(f"{w}×{h}{' mirrored' if m else ''}" for w, h, m in protocol["views"])
+    return (
+        f"{protocol['classes']} classes; adapted = {protocol['network']} network at the last step; views {views}; "
+        f"labels {label}"
+    )
+
+
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
+    commit = _commit()
     return {
+        **({} if commit is None else {"commit": commit}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ray": ray.__version__,
@@ -87,6 +105,39 @@ def versions() -> dict[str, str]:
         "pyarrow": pa.__version__,
         "cores": str(os.cpu_count()),
     }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, with a + if it was changed; None where it is no git checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_confusion(path: Path, names: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
+    """Write a confusion matrix as CSV, a row a class of the labels, a column a predicted class, in pixels."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label \\ prediction", *names])
+        writer.writerows([name, *row] for name, row in zip(names, confusion, strict=True))
+    partial.rename(path)
+
+
+def read_confusion(path: Path) -> np.ndarray:
+    """What :func:`write_confusion` wrote, int64 C×C."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    return np.array([row[1:] for row in rows], np.int64)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from actors.errors import RunError
 from actors.evaluator import Scorer
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
+from actors.showcase import Showcase
 from actors.watcher import Watcher
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_benchmark
@@ -93,6 +94,21 @@ class Setup:
         """Builds the watcher of target images; picklable."""
         classes = len(self.benchmark.classes)
         return partial(_watcher, self.plan.network, self.target_reader, self.preset.score_views[0], classes)
+
+    def make_showcase(self) -> Callable[[torch.device], Showcase]:
+        """Builds the showcase; picklable. It shows images that are scored on, or target images where there are none."""
+        scored = self.domains.validation
+        reader = self.target_reader if scored is None else SplitReader(scored, self.cache)
+        plans = [stage.labels for stage in self.plan.stages if stage.labels is not None]
+        return partial(
+            _showcase,
+            self.plan.network,
+            reader,
+            scored is not None,
+            self.preset,
+            plans[-1] if plans else None,
+            self.options.seed,
+        )
 
 
 def resolve(options: AdaptOptions) -> Setup:
@@ -255,6 +271,18 @@ def _watcher(
     network: Callable[[], nn.Module], reader: SplitReader, view: Size, num_classes: int, device: torch.device
 ) -> Watcher:
     return Watcher(network, reader, network_input, view, WATCHED_IMAGES, num_classes, device)
+
+
+def _showcase(
+    network: Callable[[], nn.Module],
+    reader: SplitReader,
+    labelled: bool,
+    size: Preset,
+    plan: LabelPlan | None,
+    seed: int,
+    device: torch.device,
+) -> Showcase:
+    return Showcase(network, reader, labelled, network_input, size.score_views, size.score_mirrored, plan, seed, device)
 
 
 def _default_name(options: AdaptOptions, pair: Benchmark) -> str:

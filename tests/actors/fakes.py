@@ -69,10 +69,11 @@ def label_plan(refresh="continuous", selection=None, **policy):
     return LabelPlan(FakeRule(), StalenessPolicy(refresh=refresh, **policy), selection)
 
 
-def header(chunk, version, pixels=(4, 4, 4), images=2, confidence=100, seconds=0.0, skipped=()):
+def header(chunk, version, pixels=(4, 4, 4), images=2, confidence=100, seconds=0.0, skipped=(), histogram=None):
     counts = np.array(pixels, np.int64)
-    histogram = np.zeros((CLASSES, 256), np.int64)
-    histogram[:, confidence] = counts
+    if histogram is None:
+        histogram = np.zeros((CLASSES, 256), np.int64)
+        histogram[:, confidence] = counts
     return Header(chunk, version, images, seconds, counts, histogram, tuple(skipped))
 
 

@@ -93,6 +93,19 @@ def test_scores_are_those_of_one_confusion_matrix_over_the_set(views, mirrored):
     assert found["protocols"]["2"] == pytest.approx(np.mean([v for v in expected[:2] if v is not None]), abs=1e-3)
 
 
+def test_the_confusion_matrix_counts_labels_in_rows_and_predictions_in_columns():
+    made, reader = network(), Reader()
+    found = np.array(scorer(reader).score(weights(made))["confusion"])
+    expected = np.zeros((4, 4), int)
+    for index in range(len(reader)):
+        prediction = slow_prediction(made, reader, index, ((48, 32),), False)
+        label = reader.label(index)
+        for row in range(4):
+            expected[row] += np.bincount(prediction[label == row], minlength=4)
+    assert np.abs(found - expected).sum() <= 4  # a tie or two
+    assert found.sum() == expected.sum()
+
+
 def test_a_class_that_occurs_nowhere_has_no_score():
     made = network()
     with torch.no_grad():
@@ -129,7 +142,7 @@ def evaluator(monkeypatch, tmp_path):
     log = SimpleNamespace(write=Remote(lambda *line: lines.append(line)))
     scorer = SimpleNamespace(score=lambda weights: {"miou": float(weights["w"])})
     watcher = SimpleNamespace(look=lambda teaching, student: {"label_free_score": float(teaching["w"]) / 100})
-    made = Evaluator(lambda device: scorer, lambda device: watcher, None, handle, log, str(tmp_path / "kept"))
+    made = Evaluator(lambda device: scorer, lambda device: watcher, None, None, handle, log, str(tmp_path / "kept"))
     made.hanging, made.lines = board, lines
     return made
 

@@ -361,6 +361,26 @@ def test_class_shares_are_those_of_the_live_labels():
     assert given.class_shares().tolist() == [0.6, 0.4, 0.0]
 
 
+def test_acceptance_is_the_share_of_each_predicted_class_that_a_fixed_rule_kept():
+    given = book()
+    assert given.acceptance() == [None, None, None]
+    histogram = np.zeros((CLASSES, 256), np.int64)
+    histogram[0, 40], histogram[1, 200] = 12, 2
+    given.accept(header(0, 1, (6, 2, 0), histogram=histogram), "x")
+    assert given.acceptance() == [0.5, 1.0, None]
+
+
+def test_with_thresholds_only_the_pixels_above_them_count_as_accepted():
+    given = book(selection=FakeSelection())
+    histogram = np.zeros((CLASSES, 256), np.int64)
+    histogram[0, 60], histogram[0, 88], histogram[1, 109] = 3, 1, 4  # 88 on average, and 88 is kept
+    given.accept(header(0, 1, (4, 4, 0), histogram=histogram), "x")
+    assert given.thresholds().tolist() == [88] * CLASSES
+    assert given.accepted_pixels().tolist() == [1, 4, 0]
+    assert given.class_shares().tolist() == [0.2, 0.8, 0.0]
+    assert given.acceptance() == [0.25, 1.0, None]
+
+
 @pytest.mark.parametrize(
     ("pixels", "expected"),
     [((5, 5, 5), 3.0), ((9, 0, 0), 1.0), ((0, 0, 0), 0.0), ((3, 1, 0), 4 / 3**0.75)],

@@ -116,7 +116,7 @@ def hire_teacher():
 
 
 def hire_evaluator():
-    Evaluator(None, lambda device: device, target=None, board=None, run_log=None, folder="nowhere")
+    Evaluator(None, lambda device: device, None, target=None, board=None, run_log=None, folder="nowhere")
 
 
 @pytest.mark.parametrize("hire", [hire_teacher, hire_evaluator])

@@ -117,6 +117,7 @@ def watched(tmp_path, monkeypatch, started):
         labels={},
         make_scorer=lambda: None,
         make_watcher=lambda: None,
+        make_showcase=lambda: None,
         target_reader=None,
         domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
@@ -205,11 +206,12 @@ def test_without_target_labels_signals_are_measured_and_nothing_is_scored(watche
     assert started[-1][1][0] is None
     state = {"step": 10, "student": {}, "teaching": {"network": {}}}
     CheckpointStore(tmp_path / "checkpoints").save(10, state)
-    watched.evaluator = Actor(look={"entropy": 0.5, "recommended": 10})
-    scores, label_free = watched._score({})
+    watched.evaluator = Actor(look={"entropy": 0.5, "recommended": 10}, show=["pictures"])
+    scores, label_free, shown = watched._score({})
     assert scores == {}
+    assert shown == ["pictures"]
     assert label_free == {"entropy": 0.5, "recommended": 10, "recommended_score": None}
-    assert [call[0] for call in watched.evaluator.told] == ["look"]
+    assert [call[0] for call in watched.evaluator.told] == ["show", "look"]
 
 
 def test_without_labels_there_are_no_teachers(watched, started):

@@ -2,12 +2,15 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import shlex
+from dataclasses import replace
 
 import pytest
 import tomli_w
+import tyro
 
 from actors.errors import RunError
-from pipelines.options import AdaptOptions, read_config, write_config
+from pipelines.options import AdaptOptions, command_line, read_config, write_config
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
 
@@ -127,3 +130,21 @@ def test_every_option_has_a_sentence_of_help():
         for here, behind in itertools.pairwise(body):
             if isinstance(here, ast.AnnAssign) and here.target.id in fields:
                 assert isinstance(behind, ast.Expr), f"{kind.__name__}.{here.target.id} has no help"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        AdaptOptions(),
+        AdaptOptions(benchmark="gta2city", steps=400, seed=3, faithful=True, cache=False, data_root="/a folder/x"),
+        AdaptOptions(source="a.toml", target="b.toml", eplc=EplcOptions(keep_share=0.4, normalise_weights=False)),
+        AdaptOptions(
+            recipe="mrnet",
+            mrnet=MrnetOptions(memory=0.2),
+        ),
+    ],
+)
+def test_the_command_line_of_a_run_parses_to_its_options(options):
+    words = shlex.split(command_line(replace(options, name="run", runs="elsewhere")))
+    assert words[:2] == ["python", "run.py"]
+    assert tyro.cli(AdaptOptions, args=words[2:]) == options

@@ -10,7 +10,7 @@ from pipelines.datasets import Split
 from pipelines.datasets.classes import ClassSet
 from pipelines.options import AdaptOptions
 from pipelines.rescore import PerImage, rescore
-from pipelines.results import write_json
+from pipelines.results import read_confusion, write_json
 from pipelines.setup import resolve
 
 
@@ -46,7 +46,9 @@ def test_the_newest_checkpoint_is_scored_and_other_rows_are_those_of_the_run(opt
     found = rescore(replace(options))
     scorer = setup.make_scorer()(torch.device("cpu"))
     expected = scorer.score({name: tensor.numpy() for name, tensor in network.state_dict().items()})
+    confusion = expected.pop("confusion")
     assert found["scores"]["adapted"] == expected
+    assert read_confusion(options.folder() / "evaluation" / "confusion.csv").tolist() == confusion
     assert found["scores"]["source_only"] == known
     assert found["scores"]["oracle"] is None
     assert found["step"] == 7

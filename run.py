@@ -440,6 +440,8 @@ def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console:
         if any(cell is not None for cell in cells):
             table.add_row(name, *("–" if cell is None else f"{cell:.1f}" for cell in cells))
     console.print(table)
+    if results.get("target_labels"):
+        console.print(f"adapted also learned from the labels of {results['target_labels']} target images")
     if results.get("gap_closed") is not None:
         console.print(f"gap closed: {results['gap_closed']:.2f} of (oracle − source-only)", highlight=False)
 

@@ -181,7 +181,8 @@ class Batch:
     """What an objective sees: float32 network inputs and int64 labels on the student's device.
 
     ``pseudo_weight`` is float32 N (one weight a label, from its age); all-255 pseudo labels are the way a missing
-    record looks, so every rank runs the same forwards whatever it has.
+    record looks, so every rank runs the same forwards whatever it has. ``labelled`` are target images with labels of
+    their own, in a semi-supervised run.
     """
 
     source: Tensor | None
@@ -189,6 +190,8 @@ class Batch:
     target: Tensor | None
     pseudo_label: Tensor | None
     pseudo_weight: Tensor | None
+    labelled: Tensor | None = None
+    labelled_label: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ class StagePlan:
         name: shown in the progress line and in the metrics.
         steps: optimiser steps.
         batch: samples of each domain in a global batch.
-        streams: ``source`` and/or ``target``.
+        streams: ``source`` and/or ``target``, and ``labelled`` where a few target images come with labels.
         objective: builds the objective; called once in every student.
         optimiser: builds the optimiser of a network, deciding which parameters train; every group carries
             ``lr_scale``.

@@ -231,7 +231,7 @@ class Student:
         more = stage.objective.learn(info)
         stage.teaching.follow(self.network)
         self._terms.append({name: value.detach() for name, value in {**terms, **more}.items()})
-        for images in (batch.source, batch.target):
+        for images in (batch.source, batch.target, batch.labelled):
             self.tally.samples += 0 if images is None else len(images) * self.world
 
     def _batch(self, stage: StageState) -> Batch:
@@ -241,14 +241,9 @@ class Student:
         self.tally.data_wait += time.perf_counter() - began
         for item in raw.values():
             self._count_skipped(stage, item)
-        source = source_label = target = pseudo = weight = None
-        if "source" in raw:
-            item, stream = raw["source"], stage.plan.streams["source"]
-            assert item.labels is not None
-            labels = item.labels.to(self.device, non_blocking=True)
-            images = item.images.to(self.device, non_blocking=True)
-            source, (source_label,) = stream.view(images, (labels,), item.positions)
-            source_label = source_label.long()
+        target = pseudo = weight = None
+        source, source_label = self._labelled(stage, "source", raw)
+        labelled, labelled_label = self._labelled(stage, "labelled", raw)
         if "target" in raw:
             item, stream = raw["target"], stage.plan.streams["target"]
             stage.teaching.remember(item.images, item.positions)
@@ -259,7 +254,20 @@ class Student:
                 joined, weight = self._join(stage, item)
                 target, (pseudo,) = stream.view(images, (joined,), item.positions)
                 pseudo = pseudo.long()
-        return Batch(source, source_label, target, pseudo, weight)
+        return Batch(source, source_label, target, pseudo, weight, labelled, labelled_label)
+
+    def _labelled(
+        self, stage: StageState, name: str, raw: dict[str, RawBatch]
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Augmented images and their own labels, of a stream that the stage may have."""
+        if name not in raw:
+            return None, None
+        item = raw[name]
+        assert item.labels is not None
+        labels = item.labels.to(self.device, non_blocking=True)
+        images = item.images.to(self.device, non_blocking=True)
+        seen, (label,) = stage.plan.streams[name].view(images, (labels,), item.positions)
+        return seen, label.long()
 
     def _join(self, stage: StageState, item: RawBatch) -> tuple[Tensor, Tensor]:
         """Pseudo labels of a target batch, uint8 N×H×W, and their weights, float32 N, on the device."""
@@ -455,7 +463,9 @@ class Student:
             if path not in self.tally.skipped:
                 self.tally.skipped.append(path)
                 self.link.say(f"skipped an unreadable image: {path}", self.step)
-        images = min(getattr(stream, "images", np.inf) for stream in stage.plan.streams.values())
+        # Of a few labelled images a single broken one would be too large a share.
+        whole = (stream for name, stream in stage.plan.streams.items() if name != "labelled")
+        images = min(getattr(stream, "images", np.inf) for stream in whole)
         if len(self.tally.skipped) > self.plan.max_skipped_share * images:
             raise RunError(
                 f"{len(self.tally.skipped)} of {images} images cannot be read, more than "

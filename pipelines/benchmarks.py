@@ -8,7 +8,7 @@ training has no path to a label.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.datasets import cityscapes, gta5, robotcar, synthia
@@ -30,6 +30,31 @@ class Domains:
     """The same images with labels, for the oracle run only; None where the labels are not on disk."""
     validation: Split | None
     """Labelled target images, for the evaluator only; None where a user has none."""
+    few: Split | None = None
+    """Labelled target images that a semi-supervised run may learn from; never scored on."""
+
+    def with_target_labels(self, listed: str) -> Domains:
+        """The same domains with the labels of some target images to learn from; they are scored on no more.
+
+        Args:
+            listed: text file with an image a line: its id, its file name, or the end of its path. Empty lines and
+                what follows a # do not count.
+
+        Raises:
+            DataError: the file cannot be read or names no image, or a line names no labelled target image, or several.
+        """
+        pool = self.target_labelled or self.validation
+        if pool is None:
+            raise DataError(
+                f"{self.target.name} has no labels, so none of those that {listed} names can be learned from"
+            )
+        few = pool.subset(_listed(listed, pool))
+        scored = self.validation
+        if scored is not None:
+            known = set(few.image_paths)
+            rest = [i for i, path in enumerate(scored.image_paths) if path not in known]
+            scored = scored.subset(rest) if rest else None
+        return replace(self, validation=scored, few=few)
 
 
 @dataclass(frozen=True)
@@ -197,6 +222,33 @@ def _with_side(size: Size, side: int) -> Size:
 def _shrunk(size: Size, factor: float) -> Size:
     factor = min(1.0, factor)
     return max(SHORTEST_SIDE, round(size[0] * factor)), max(SHORTEST_SIDE, round(size[1] * factor))
+
+
+def _listed(path: str, pool: Split) -> list[int]:
+    """Indices of the images that the lines of a file name, each once, in the order of the split."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list of target labels {path} cannot be read: {error}") from error
+    wanted = [name for line in lines if (name := line.split("#")[0].strip())]
+    if not wanted:
+        raise DataError(f"{path} names no image; write one a line, for example {pool.image_ids[0]}")
+    ends: dict[str, set[int]] = {}
+    for index, (image_id, image_path) in enumerate(zip(pool.image_ids, pool.image_paths, strict=True)):
+        parts = Path(image_path).parts
+        for name in (image_id, image_path, *("/".join(parts[start:]) for start in range(1, len(parts)))):
+            ends.setdefault(name, set()).add(index)
+    unknown = [name for name in wanted if name not in ends]
+    if unknown:
+        raise DataError(
+            f"{path}: {len(unknown)} of {len(wanted)} lines name no labelled image of {pool.name}, the first is "
+            f"{unknown[0]!r}; an image is called for example {pool.image_ids[0]!r}"
+        )
+    for name in wanted:
+        if len(ends[name]) > 1:
+            one, other = (pool.image_paths[i] for i in sorted(ends[name])[:2])
+            raise DataError(f"{path}: {name!r} may be {one} or {other}; write more of its path")
+    return sorted({index for name in wanted for index in ends[name]})
 
 
 def _finder(dataset: str, names: Sequence[str], landmark: str) -> Callable[[Path], Path]:

@@ -79,6 +79,9 @@ class AdaptOptions(DataOptions):
     """Images of each domain in a batch, instead of the preset's."""
     scale: float = 1.0
     """Multiplies every width and height of the preset."""
+    target_labels: str | None = None
+    """Text file that names target images, one a line, whose labels are learned from, too (semi-supervised); they are
+    not scored on."""
     seed: int = 0
     """Decides initialisation, sample order, augmentation and dropout."""
     faithful: bool = False

@@ -57,6 +57,7 @@ def assemble(
         if source is None or "adapted" not in scores
         else gap_closed(scores["adapted"]["miou"], source["miou"], None if oracle is None else oracle["miou"]),
         "steps": setup.plan.total_steps,
+        "target_labels": 0 if setup.domains.few is None else len(setup.domains.few),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "student": {key: student[key] for key in ("images_per_s", "wait_share", "data_wait_share")},
         "labels": {"read": student["labels_read"], "missing": student["labels_missing"]},

@@ -22,6 +22,7 @@ from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
 from pipelines.options import AdaptOptions, DataOptions
 from pipelines.recipes import recipe
+from pipelines.recipes.few_labels import with_few_labels
 from pipelines.recipes.recipe import Ingredients, Preset, Size, preset
 from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
@@ -122,12 +123,15 @@ def resolve(options: AdaptOptions) -> Setup:
     pair, open_data = choose_pair(options)
     size = sized_preset(options, pair, chosen.schedules)
     domains = open_data()
+    if options.target_labels is not None:
+        domains = domains.with_target_labels(options.target_labels)
     named = replace(
         options,
         name=options.name or _default_name(options, pair),
         source=_absolute(options.source),  # a run can be resumed from anywhere
         target=_absolute(options.target),
         validation=_absolute(options.validation),
+        target_labels=_absolute(options.target_labels),
     )
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
     ingredients = Ingredients(
@@ -142,8 +146,11 @@ def resolve(options: AdaptOptions) -> Setup:
         target_labelled=None
         if domains.target_labelled is None
         else _opener(domains.target_labelled, options.seed, "target", cache),
+        few=None if domains.few is None else _opener(domains.few, options.seed, "few", cache),
     )
     stages = chosen.stages(ingredients, getattr(options, options.recipe))
+    if domains.few is not None:
+        stages = with_few_labels(stages, ingredients)
     for stage in stages:
         if stage.batch % options.students:
             raise RunError(

@@ -156,11 +156,15 @@ class Split:
 
     def first(self, count: int) -> Split:
         """The first `count` samples."""
-        labels = None if self.label_paths is None else self.label_paths[:count]
+        return self.subset(range(len(self))[:count])
+
+    def subset(self, indices: Sequence[int]) -> Split:
+        """Some of the samples, in the given order."""
+        labels = None if self.label_paths is None else tuple(self.label_paths[i] for i in indices)
         return replace(
             self,
-            image_ids=self.image_ids[:count],
-            image_paths=self.image_paths[:count],
+            image_ids=tuple(self.image_ids[i] for i in indices),
+            image_paths=tuple(self.image_paths[i] for i in indices),
             label_paths=labels,
         )
 

@@ -151,6 +151,7 @@ class Ingredients:
         source: opens the labelled source stream at a base size with a view.
         target: opens the unlabelled target stream.
         target_labelled: opens the labelled target stream; only the oracle may, and None on data without labels.
+        few: opens the stream of those few target images whose labels the user lets a run learn from, or None.
     """
 
     preset: Preset
@@ -162,6 +163,7 @@ class Ingredients:
     source: Callable[[Size, View], Stream]
     target: Callable[[Size, View], Stream]
     target_labelled: Callable[[Size, View], Stream] | None
+    few: Callable[[Size, View], Stream] | None = None
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def write_report(folder: str | Path) -> Path:
         benchmark=results.get("benchmark") or options.target or options.benchmark,
         recipe=options.recipe,
         seed=options.seed,
+        target_labels=results.get("target_labels", 0),
         finished=bool(results),
         last_step=history.last_step,
         steps=results.get("steps"),

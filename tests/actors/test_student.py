@@ -343,6 +343,26 @@ def test_a_labelled_target_stream_is_its_own_label(tmp_path):
     assert set(batch.pseudo_label.unique().tolist()) <= set(range(CLASSES))
 
 
+def test_labelled_target_images_reach_the_objective_beside_the_others(tmp_path):
+    seen, streams = [], {name: FakeStream(name, labelled=name != "target") for name in ("source", "target", "labelled")}
+    tally = student(run_plan(tmp_path, [stage(seen, steps=2, streams=streams)])).run()
+    batch = seen[1][2]
+    (raw,) = streams["labelled"].batches(4, 1, 4, 0, 1)
+    expected, (label,) = streams["labelled"].view(raw.images, (raw.labels,), raw.positions)
+    torch.testing.assert_close(batch.labelled, expected)
+    assert batch.labelled_label.tolist() == label.tolist()
+    assert batch.labelled_label.dtype == torch.int64
+    assert tally["images_per_s"] > 0
+
+
+def test_one_broken_image_among_a_few_labelled_ones_does_not_end_the_run(tmp_path):
+    streams = {
+        "source": FakeStream("source", labelled=True, images=500),
+        "labelled": FakeStream("labelled", labelled=True, images=3, broken={1: ("/data/bad.png",)}),
+    }
+    assert student(run_plan(tmp_path, [stage(steps=3, streams=streams)])).run()["skipped"] == ["/data/bad.png"]
+
+
 def test_a_batch_that_the_students_cannot_share_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"stage first has batches of 4, which 3 students .* divides 4"):
         student(run_plan(tmp_path, [stage()]), world=3)

@@ -9,6 +9,7 @@ from pipelines import cluster
 from pipelines.adapt import Interrupt, Run
 from pipelines.options import AdaptOptions, write_config
 from pipelines.setup import resolve
+from pipelines.trained import describe
 
 TERMS = ("loss", "discriminator")
 
@@ -22,6 +23,7 @@ class StartedRun:
         plan = dataclasses.replace(setup.plan, log_every=1, checkpoint_every=5)
         self.setup = dataclasses.replace(setup, plan=plan)
         write_config(self.setup.options)
+        describe(self.setup)
         self.newest = {}
         self.stop = Interrupt()
         self.run = None

@@ -48,6 +48,27 @@ def test_a_target_without_labels_is_adapted_to_and_not_scored(local_ray, tmp_pat
     assert outcome.results["protocol"]["label_size"] is None
 
 
+def test_a_few_target_labels_are_learned_from_and_left_out_of_the_score(local_ray, tmp_path):
+    source, target = write_own_data(tmp_path)
+    (tmp_path / "few.txt").write_text("1.jpg\n6.jpg\n")
+    run = start_run(
+        tmp_path / "runs",
+        tmp_path / "data",
+        source=source,
+        target=target,
+        target_labels=str(tmp_path / "few.txt"),
+        batch=2,
+        steps=8,
+        refresh="once",
+    )
+    outcome = run.go()
+    assert outcome.results["target_labels"] == 2
+    assert outcome.results["scores"]["adapted"]["images"] == 6
+    lines = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss/target_labels"] > 0 for line in lines if line["kind"] == "train")
+    assert "2 target labels" in outcome.report.read_text()
+
+
 def test_the_first_hour_of_the_readme_works_when_pasted(local_ray, tmp_path, monkeypatch, capsys):
     block = README.read_text().split("<!-- first-hour -->")[1].split("```")[1]
     commands = [shlex.split(line) for line in block.strip().splitlines()]

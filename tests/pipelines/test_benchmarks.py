@@ -150,3 +150,69 @@ def test_images_of_which_none_can_be_read_are_refused(tmp_path):
         path.write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of the images that were tried can be read"):
         own_benchmark(source, target)
+
+
+def listed(tmp_path, *lines):
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_listed_target_images_are_learned_from_by_id_file_name_or_end_of_path(root, tmp_path):
+    domains = benchmark("synthia2city").open(root)
+    one, two, three = domains.target_labelled.image_paths[:3]
+    file, end = two.rsplit("/", 1)[1], three.split("data/", 1)[1]
+    lines = listed(tmp_path, "# a few", "", domains.target.image_ids[0], f"{file}  # why", end, one)
+    given = domains.with_target_labels(lines)
+    assert given.few.image_paths == (one, two, three)
+    assert given.few.labelled
+    assert given.validation == domains.validation
+    assert not given.target.labelled
+
+
+def test_images_of_ones_own_that_are_learned_from_are_scored_on_no_more(tmp_path):
+    _, domains = own_benchmark(*write_own_data(tmp_path))
+    given = domains.with_target_labels(listed(tmp_path, "photos/2.jpg", "5.jpg"))
+    assert given.few.image_ids == ("photos/2.jpg", "photos/5.jpg")
+    assert given.validation.image_ids == tuple(f"photos/{i}.jpg" for i in (0, 1, 3, 4, 6, 7))
+    assert len(given.target) == 8
+
+
+def test_where_every_label_is_learned_from_none_is_left_to_score_on(tmp_path):
+    _, domains = own_benchmark(*write_own_data(tmp_path))
+    assert domains.with_target_labels(listed(tmp_path, *(f"{i}.jpg" for i in range(8)))).validation is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ((), r"names no image; write one a line, for example photos/0\.jpg"),
+        (("# nothing",), "names no image"),
+        (("0.jpg", "9.jpg", "x"), r"2 of 3 lines name no labelled image of target, the first is '9\.jpg'; .*'photos/0"),
+    ],
+)
+def test_a_list_that_cannot_be_meant_is_refused(tmp_path, lines, message):
+    _, domains = own_benchmark(*write_own_data(tmp_path))
+    with pytest.raises(DataError, match=message):
+        domains.with_target_labels(listed(tmp_path, *lines))
+
+
+def test_a_name_that_two_images_share_asks_for_more_of_the_path(tmp_path):
+    source, target = write_own_data(tmp_path)
+    for folder in ("photos", "masks"):
+        shutil.copytree(tmp_path / "target" / folder, tmp_path / "target" / folder / "again")
+    text = (tmp_path / "target" / "target.toml").read_text().replace("s/*", "s/**/*")
+    (tmp_path / "target" / "target.toml").write_text(text)
+    _, domains = own_benchmark(source, target)
+    with pytest.raises(DataError, match=r"may be .* or .*; write more of its path"):
+        domains.with_target_labels(listed(tmp_path, "1.jpg"))
+    assert len(domains.with_target_labels(listed(tmp_path, "again/1.jpg")).few) == 1
+
+
+def test_a_list_that_is_not_there_and_a_target_without_labels_are_refused(tmp_path):
+    _, domains = own_benchmark(*write_own_data(tmp_path))
+    with pytest.raises(DataError, match="cannot be read"):
+        domains.with_target_labels(str(tmp_path / "none.txt"))
+    _, domains = own_benchmark(*write_own_data(tmp_path / "other", target_labels=False))
+    with pytest.raises(DataError, match="target has no labels, so none of those"):
+        domains.with_target_labels(listed(tmp_path, "0.jpg"))

@@ -12,6 +12,7 @@ from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.benchmarks import benchmark
 from pipelines.recipes import RECIPES, recipe
 from pipelines.recipes.eplc import EplcOptions, RectifiedObjective
+from pipelines.recipes.few_labels import FewLabelsObjective, with_few_labels
 from pipelines.recipes.mrnet import AlignmentObjective, MrnetOptions
 from pipelines.recipes.optimisation import sgd
 from pipelines.recipes.recipe import Ingredients, preset
@@ -466,3 +467,40 @@ def test_the_supervised_objective_takes_whichever_labelled_stream_there_is():
     torch.testing.assert_close(
         source.losses(net, given, info())["loss/segmentation"], target.losses(net, swapped, info())["loss/segmentation"]
     )
+
+
+@pytest.mark.parametrize("name", ["mrnet", "eplc"])
+def test_with_a_few_target_labels_every_stage_of_any_recipe_learns_from_them_too(name):
+    given = ingredients("mini", few=Opener("few"))
+    plain = recipe(name).stages(given, {"mrnet": MrnetOptions(), "eplc": EplcOptions()}[name])
+    for before, after, schedule in zip(plain, with_few_labels(plain, given), given.preset.stages, strict=False):
+        assert set(after.streams) == {*before.streams, "labelled"}
+        opened, size, view = after.streams["labelled"]
+        assert (opened, size, view.crop) == ("few", schedule.target_size, schedule.crop)
+        assert view.seed not in {stream[2].seed for stream in before.streams.values()}
+        assert (after.steps, after.labels) == (before.steps, before.labels)
+
+
+def few(inner):
+    return FewLabelsObjective(lambda context: inner, SegmentationTerm(CLASSES), CROP, CONTEXT)
+
+
+def test_a_few_target_labels_add_their_supervised_loss_and_change_no_other_term():
+    plain, third = batch(), batch(seed=7)
+    mixed = replace(plain, labelled=third.source, labelled_label=third.source_label)
+    made, same, term = network(), network(), SegmentationTerm(CLASSES)
+    torch.manual_seed(4)
+    expected = rectified().losses(made, plain, info())
+    expected["loss/target_labels"] = term(made, third.source, third.source_label, term.balance(CROP, CONTEXT))
+    torch.manual_seed(4)
+    torch.testing.assert_close(few(rectified()).losses(same, mixed, info()), expected)
+
+
+def test_what_the_other_objective_learns_is_still_learned_and_kept():
+    plain, third = batch(), batch(seed=7)
+    mixed = replace(plain, labelled=third.source, labelled_label=third.source_label)
+    one, other = few(alignment()), few(alignment())
+    total(one.losses(network(), mixed, info())).backward()
+    assert set(one.learn(info())) == {"discriminator/aux", "discriminator/main"}
+    other.load_state_dict(snapshot(one.state_dict()))
+    torch.testing.assert_close(one.state_dict(), other.state_dict())

@@ -15,7 +15,7 @@ DESIGN = {
     "teachers": "images_per_s idle_share",
     "label_age_steps": "p50 p95 max",
 }
-EXTRAS = {"class_names", "steps", "labels", "skipped", "label_free"}
+EXTRAS = {"class_names", "steps", "labels", "skipped", "label_free", "target_labels"}
 STUDENT = {
     "images_per_s": 10.0,
     "wait_share": 0.001,

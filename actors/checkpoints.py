@@ -87,7 +87,8 @@ class CheckpointStore:
             kept = f"the one of step {previous[-1]} stays good" if previous else "there is none before it"
             cause = str(error).splitlines()[0]
             return f"checkpoint of step {step} could not be written ({cause}); {kept}. Free space in {self.folder}."
-        for old in self.steps()[: -self.keep]:
+        others = [other for other in self.steps() if other != step]  # whatever their steps, the new one stays
+        for old in others[: len(others) + 1 - self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return None
 

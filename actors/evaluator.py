@@ -241,7 +241,7 @@ class Recommended:
 
     def offer(self, step: int, score: float, weights: Mapping[str, np.ndarray]) -> None:
         """Keep weights whose score is higher than that of all before; on a full disk the ones before stay."""
-        if self.score is not None and score <= self.score:
+        if not math.isfinite(score) or (self.score is not None and score <= self.score):
             return
         network = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
         state = {"step": step, "label_free_score": score, "teaching": {"network": network}}

@@ -353,7 +353,7 @@ class Student:
         if not self.lead or self.link.publisher is None:
             return
         network = stage.teaching.settle(self.network)
-        if not all(bool(tensor.isfinite().all()) for tensor in network.state_dict().values()):
+        if not _all_finite(network.state_dict()):
             return  # the last good version stays the newest; what is wrong is said when the losses are looked at
         compared = self.network if self.plan.evaluate_every and stage.plan.ema_decay is not None else None
         self.link.publisher.publish(self.step, network, pin=pin, student=compared)
@@ -366,6 +366,9 @@ class Student:
         if self.lead:
             stage.teaching.settle(self.network)
         good = snapshot(self._trained(stage))
+        if self._any_rank(not _all_finite(good)):  # the loss was looked at before the step that broke the weights
+            self._recover(stage, "the weights are no finite numbers any more")
+            good = snapshot(self._trained(stage))
         self._good = self.step, good
         if self.lead:
             state = {
@@ -405,7 +408,8 @@ class Student:
         self._logged_at = (self.step, now)
         total = sum(value for name, value in zip(names, means, strict=True) if name.startswith("loss/"))
         if self._any_rank(not np.isfinite(means).all()):
-            self._recover(stage, dict(zip(names, means, strict=True)))
+            means_by_name = dict(zip(names, means, strict=True))
+            self._recover(stage, "the loss is no finite number any more", f" ({means_by_name})")
             return
         if self.lead:
             summary = self.tally.summary()
@@ -424,14 +428,14 @@ class Student:
             }
             self.link.write("train", self.step, numbers)
 
-    def _recover(self, stage: StageState, means: dict[str, float]) -> None:
+    def _recover(self, stage: StageState, what: str, details: str = "") -> None:
         """Go back to the last good weights and on with the next samples; every rank does so at the same step.
 
         Raises:
             RunError: it has happened too often.
         """
         self._recoveries += 1
-        said = f"the loss is no finite number any more at step {self.step} ({means})"
+        said = f"{what} at step {self.step}{details}"
         if self._good is None or self._recoveries > MAX_RECOVERIES:
             raise RunError(
                 f"{said}; start a run with another --seed; if it happens again, the data or an option of the recipe is "
@@ -524,6 +528,14 @@ class Student:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+
+def _all_finite(state: Any) -> bool:
+    """Whether every tensor in nested dicts and lists holds finite numbers alone."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return all(_all_finite(item) for item in items)
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -32,7 +32,7 @@ from pipelines.report.gallery import write_gallery
 from pipelines.report.page import write_report
 from pipelines.results import CONFUSION, assemble, write_confusion, write_json
 from pipelines.setup import Setup, resolve
-from pipelines.trained import describe
+from pipelines.trained import check_same_classes, describe
 
 WATCH_SECONDS = 0.5
 MAX_RESTARTS = 3
@@ -74,6 +74,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False) -> Outco
     folder = setup.options.folder()
     if not resume and (folder / "config.toml").exists():
         raise RunError(f"{folder} holds a run already: continue it with --resume {folder}, or give another --name")
+    check_same_classes(setup)
     seconds = {"data": time.monotonic() - began}
     watch("phase", {"name": "start", "text": "starting Ray", "folder": setup.plan.folder})
     url = cluster.start(setup.options)

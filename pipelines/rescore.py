@@ -21,7 +21,7 @@ from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
 from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
 from pipelines.setup import resolve
-from pipelines.trained import check_fits, newest_weights
+from pipelines.trained import check_fits, check_same_classes, newest_weights
 
 WORST = 10
 WORST_SIDE = 480
@@ -41,6 +41,7 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     """
     setup = resolve(options)
     folder = options.folder()
+    check_same_classes(setup)
     step, weights = newest_weights(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = setup.make_scorer()(device)

@@ -61,6 +61,23 @@ def describe(setup: Setup) -> None:
     write_json(folder / FILE, description)
 
 
+def check_same_classes(setup: Setup) -> None:
+    """Refuse to go on with a run whose data now have other classes than those it was trained on.
+
+    Raises:
+        RunError: names or their order differ; says which and what to do.
+    """
+    folder = Path(setup.plan.folder)
+    if not (folder / FILE).is_file():
+        return
+    then, now = read_description(folder).classes.names, setup.benchmark.classes.names
+    if then != now:
+        raise RunError(
+            f"{folder} was trained on the classes {', '.join(then)}, but its data now have {', '.join(now)}; give the "
+            "TOML file those classes in that order again, or start a new run"
+        )
+
+
 def read_description(folder: Path) -> Description:
     """What :func:`describe` wrote.
 
@@ -129,7 +146,7 @@ def check_fits(network: torch.nn.Module, weights: dict[str, np.ndarray], folder:
     """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if expected != {name: array.shape for name, array in weights.items()}:
-        raise RunError(f"the checkpoint in {folder} is of another network than its config.toml describes")
+        raise RunError(f"the checkpoint in {folder} is of another network than the one described beside it")
 
 
 def newest_run(runs: str | Path) -> Path:

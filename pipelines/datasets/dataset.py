@@ -7,6 +7,8 @@ name it; a layout that is not the expected one raises `DataError` before anythin
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from actors.errors import UnreadableImage
 from pipelines.datasets.classes import IGNORE
@@ -28,9 +30,22 @@ Channel = Literal["index", "first of RGBA", "first of 16-bit RGB", "number", "co
 or 16-bit RGB one; `number`, whatever a single-channel image of any depth holds; `colour`, RGB as 0xRRGGBB."""
 
 
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 """What Pillow raises for a broken file, depending on which byte is wrong."""
 _ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a photo upright, by the value of its EXIF orientation."""
 
 
 class DataError(ValueError):
@@ -177,7 +192,9 @@ def read_image(path: str, size: Size | None = None) -> NDArray[np.uint8]:
 
     def decode() -> NDArray[np.uint8]:
         with Image.open(path) as image:
-            rgb = _as_rgb(ImageOps.exif_transpose(image))
+            turn = _UPRIGHT.get(_orientation(image))
+            rgb = _as_rgb(image)
+        rgb = rgb if turn is None else rgb.transpose(turn)
         if size is not None and rgb.size != size:
             rgb = rgb.resize(size, Image.Resampling.BICUBIC)
         return np.asarray(rgb)
@@ -189,10 +206,18 @@ def image_size(path: str) -> Size | None:
     """(width, height) of an image, upright, from its header alone; None where that cannot be read."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (image.height, image.width) if turned else image.size
+            return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
     except _BROKEN:
         return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """Its EXIF orientation; 1, upright, where it says nothing or nonsense. The pixels may be good all the same."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN:
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -116,6 +116,18 @@ def test_a_class_that_occurs_nowhere_has_no_score():
     assert found["per_class"][0] > 0
 
 
+def test_the_kept_weights_are_those_of_the_step_that_is_named(tmp_path):
+    """A resumed run looks at earlier steps again, and one of them may look better."""
+    kept = Recommended(str(tmp_path))
+    kept.offer(225, 0.5, {"w": np.full(1, 5.0)})
+    kept.offer(200, 0.9, {"w": np.full(1, 9.0)})
+    kept.offer(250, float("nan"), {"w": np.full(1, 7.0)})
+    kept.offer(300, 0.4, {"w": np.full(1, 4.0)})
+    for found in (kept, Recommended(str(tmp_path))):
+        assert (found.step, found.score) == (200, 0.9)
+        assert found.weights()["w"].tolist() == [9.0]
+
+
 def test_a_broken_validation_image_ends_the_score_by_name():
     with pytest.raises(UnreadableImage, match=r"/data/1\.png"):
         scorer(Reader(broken=(1,))).score(weights(network()))

@@ -417,6 +417,32 @@ def test_a_loss_that_is_no_number_sends_the_student_back_to_its_last_good_weight
     assert CheckpointStore(tmp_path / "checkpoints").newest()["step"] == 12
 
 
+class SteepAtZero(TinyObjective):
+    """At one step its loss is finite and its gradient is not: the weights break after the loss was looked at."""
+
+    def __init__(self, context, at):
+        super().__init__(context)
+        self.at = at
+
+    def losses(self, network, batch, info):
+        terms = super().losses(network, batch, info)
+        if info.stage_step == self.at:
+            terms["loss/steep"] = (0.0 * next(network.parameters())).sum().sqrt()
+        return terms
+
+
+@pytest.mark.parametrize("at", [3, 11])
+def test_weights_that_are_no_numbers_are_never_saved_though_their_loss_was_one(tmp_path, at):
+    link = FakeLink()
+    plan = run_plan(tmp_path, [stage(steps=12, objective=partial(SteepAtZero, at=at))], checkpoint_every=4)
+    made = student(plan, link)
+    assert made.run()["step"] == 12
+    (said,) = (text for text in link.said if "no finite number" in text)
+    assert f"the weights are no finite numbers any more at step {at + 1}: student and teacher go back" in said
+    for state in (CheckpointStore(tmp_path / "checkpoints").newest(), {"student": made.network.state_dict()}):
+        assert all(tensor.isfinite().all() for tensor in state["student"].values())
+
+
 def test_going_back_leaves_the_good_weights_as_they_were(tmp_path):
     """The optimiser works on in what it is given; twice back must be twice the same."""
     seen = []

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from actors.errors import UnreadableImage
 from pipelines.data_check import look
@@ -123,6 +123,17 @@ def test_a_file_is_read_or_ends_in_a_sentence_that_names_it(number, tmp_path, en
             size, seen = image_size(str(path)), look(str(path), str(path), encoding)
         assert size is None or min(size) >= 0, name
         assert seen.problem is None or f"file{index}.png" in seen.problem, name
+
+
+@pytest.mark.parametrize(("tag", "value"), [(0x0128, "2"), (0x0213, "1"), (0x011A, "72"), (0x8769, "x")])
+def test_a_good_photo_with_nonsense_beside_its_orientation_is_read_upright(tag, value, tmp_path):
+    texts = TiffImagePlugin.ImageFileDirectory_v2()
+    texts.tagtype[tag] = 2  # text, where a number belongs
+    texts[tag], texts[0x0112] = value, 6
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + texts.tobytes(8)
+    Image.new("RGB", (40, 24)).save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(str(tmp_path / "x.jpg")).shape == (40, 24, 3)
+    assert image_size(str(tmp_path / "x.jpg")) == (24, 40)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

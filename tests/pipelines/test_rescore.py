@@ -1,4 +1,5 @@
 import csv
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from pipelines.options import AdaptOptions
 from pipelines.rescore import PerImage, rescore
 from pipelines.results import read_confusion, write_json
 from pipelines.setup import resolve
+from pipelines.trained import describe
 
 
 @pytest.fixture
@@ -32,7 +34,19 @@ def test_a_run_without_a_checkpoint_says_how_to_go_on(options):
 
 def test_a_checkpoint_of_another_network_is_refused(options):
     save(options, torch.nn.Linear(2, 2))
-    with pytest.raises(RunError, match="of another network than its config"):
+    with pytest.raises(RunError, match="of another network than the one described"):
+        rescore(options)
+
+
+def test_classes_in_another_order_than_those_trained_on_are_refused(options):
+    setup = resolve(options)
+    describe(setup)
+    save(options, setup.plan.network())
+    path = options.folder() / "network.json"
+    plain = json.loads(path.read_text())
+    plain["classes"]["names"][:2] = reversed(plain["classes"]["names"][:2])
+    path.write_text(json.dumps(plain))
+    with pytest.raises(RunError, match="was trained on the classes sidewalk, road, .* but its data now have road, side"):
         rescore(options)
 
 

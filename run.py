@@ -16,6 +16,7 @@ environment.prepare()
 
 import tyro  # noqa: E402
 from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
 from rich.progress import (  # noqa: E402
     BarColumn,
     MofNCompleteColumn,
@@ -63,6 +64,8 @@ class EvaluateOptions:
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
+    validation: str | None = None
+    """TOML file of labelled target images to score on, of a run on images of your own. Default: those of the run."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,10 @@ def _adapt(options: AdaptOptions, console: Console, *, resume: bool = False) -> 
 def _evaluate(options: EvaluateOptions, console: Console) -> int:
     from pipelines.rescore import rescore
 
-    print_table(rescore(read_config(options.run)), console)
+    config = read_config(options.run)
+    if options.validation is not None:
+        config = dataclasses.replace(config, validation=options.validation)
+    print_table(rescore(config), console)
     folder = Path(options.run).absolute() / "evaluation"
     console.print(f"every class in every image: {folder / 'per_image.csv'}; the worst: {folder / 'worst'}")
     return 0
@@ -337,6 +343,7 @@ def _check(options: CheckOptions, console: Console) -> int:
     for domain in report.domains:
         table.add_column(domain.name, justify="right")
     table.add_row("images", *(str(domain.images) for domain in report.domains))
+    table.add_row("labels", *(str(domain.labelled) for domain in report.domains))
     table.add_row("sizes", *(_sizes(domain.sizes) for domain in report.domains))
     table.add_row("ignored", *(f"{domain.ignored_share:.1%}" if domain.labelled else "–" for domain in report.domains))
     table.add_section()
@@ -344,7 +351,7 @@ def _check(options: CheckOptions, console: Console) -> int:
     for index, name in enumerate(report.classes.names):
         cells = zip(report.domains, shares, strict=True)
         row = (f"{share[index]:.2%} ({found.present[index]})" if found.labelled else "–" for found, share in cells)
-        table.add_row(name, *row)
+        table.add_row(escape(name), *row)
     console.print(table)
     if report.overlays:
         console.print(f"{len(report.overlays)} overlays are in {Path(options.out).absolute()}", highlight=False)
@@ -438,7 +445,7 @@ def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console:
     for index, name in enumerate(results["class_names"]):
         cells = [row["per_class"][index] for _, row in rows]
         if any(cell is not None for cell in cells):
-            table.add_row(name, *("–" if cell is None else f"{cell:.1f}" for cell in cells))
+            table.add_row(escape(name), *("–" if cell is None else f"{cell:.1f}" for cell in cells))
     console.print(table)
     if results.get("target_labels"):
         console.print(f"adapted also learned from the labels of {results['target_labels']} target images")

@@ -15,7 +15,7 @@ class UnreadableImage(ValueError):  # noqa: N818 - named for what it is: a fact 
 
     def __init__(self, path: str, cause: str) -> None:
         super().__init__(path, cause)
-        self.path = path
+        self.path = path.encode("utf-8", "backslashreplace").decode()  # can be printed and stored, whatever its bytes
         self.cause = cause
 
     def __str__(self) -> str:

@@ -49,11 +49,7 @@ class Domains:
                 f"{self.target.name} has no labels, so none of those that {listed} names can be learned from"
             )
         few = pool.subset(_listed(listed, pool))
-        scored = self.validation
-        if scored is not None:
-            known = set(few.image_paths)
-            rest = [i for i, path in enumerate(scored.image_paths) if path not in known]
-            scored = scored.subset(rest) if rest else None
+        scored = None if self.validation is None else self.validation.without(few.image_paths)
         return replace(self, validation=scored, few=few)
 
 
@@ -163,11 +159,19 @@ def own_benchmark(source: str, target: str, validation: str | None = None) -> tu
             f"{first.unlabelled[0]}. Add the labels, or make images = … narrower."
         )
     second = read_folder(target, source=first)
-    scored = second.labelled
+    scored, labelled = second.labelled, None
     if validation is not None:
-        scored = read_folder(validation, source=first).labelled
-        if scored is None:
+        third = read_folder(validation, source=first)
+        if third.labelled is None:
             raise DataError(f'{validation}: images to score on need labels; add labels = "…/*.png"')
+        if third.unlabelled:
+            raise DataError(
+                f"{validation}: {len(third.unlabelled)} of {len(third.images)} images to score on have no label, the "
+                f"first is {third.unlabelled[0]}. Add the labels, or make images = … narrower."
+            )
+        scored = third.labelled
+        # Without images of its own to score on, an oracle would be scored on what it learned from.
+        labelled = None if second.labelled is None else second.labelled.without(scored.image_paths)
     count = len(first.classes)
     pair = Benchmark(
         name=f"{first.name}2{second.name}",
@@ -176,8 +180,6 @@ def own_benchmark(source: str, target: str, validation: str | None = None) -> tu
         protocols={str(count): tuple(range(count))},
         shapes=_shapes(_typical_size(first.images), _typical_size(second.images)),
     )
-    # Without images of its own to score on, an oracle would be scored on what it learned from.
-    labelled = second.labelled if validation is not None else None
     return pair, Domains(first.labelled, second.images, labelled, scored)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.errors import UnreadableImage
+from actors.errors import RunError, UnreadableImage
 from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import LabelEncoding, Size, Split, read_image
@@ -43,7 +43,10 @@ class DomainReport:
     """What was found in one split."""
 
     name: str
-    labelled: bool
+    labelled: int
+    """Images that have a label."""
+    colours: bool = False
+    """Whether raw ids are colours."""
     images: int = 0
     sizes: Counter[Size] = field(default_factory=Counter)
     pixels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, np.int64))
@@ -95,9 +98,8 @@ class Report:
         said = []
         for domain in self.domains:
             said += domain.problems
-            colours = max(domain.unmapped, default=0) > 65535
             for raw, files in sorted(domain.unmapped.items()):
-                shown = f"colour #{raw:06x}" if colours else f"id {raw}"
+                shown = f"colour #{raw:06x}" if domain.colours else f"id {raw}"
                 said.append(
                     f"{domain.name}: {shown} occurs in {files} label files and belongs to no class, first in "
                     f"{domain.examples[raw]}; add it to a class or to ignore"
@@ -115,18 +117,25 @@ def check(options: DataOptions, out: Path, progress: Callable[[str, int, int], N
 
     Raises:
         DataError: the data are not laid out as expected, so that there is nothing to read.
+        RunError: the overlays cannot be written.
     """
     pair, open_data = choose_pair(options)
     domains = open_data()
-    target = domains.target if domains.target_labelled is None else domains.target_labelled
-    splits = {"source": domains.source, "target": target}
-    if domains.validation is not None and domains.validation.image_paths != target.image_paths:
-        splits["validation"] = domains.validation
-    elif domains.validation is not None:
-        splits["target"] = domains.validation
-    reports = tuple(_check_split(name, split, progress) for name, split in splits.items())
-    labelled = [split for split in splits.values() if split.labelled]
-    return Report(pair.classes, reports, tuple(_write_overlays(labelled, pair.classes, out)))
+    scored = domains.validation
+    apart = scored is not None and not set(scored.image_paths) <= set(domains.target.image_paths)
+    splits: dict[str, tuple[Split, Split | None]] = {
+        "source": (domains.source, domains.source),
+        "target": (domains.target, domains.target_labelled if apart or scored is None else scored),
+    }
+    if scored is not None and apart:
+        splits["validation"] = (scored, scored)
+    reports = tuple(_check_split(name, *split, progress) for name, split in splits.items())
+    with_labels = [labelled for _, labelled in splits.values() if labelled is not None]
+    try:
+        overlays = tuple(_write_overlays(with_labels, pair.classes, out))
+    except OSError as error:
+        raise RunError(f"the overlays cannot be written to {out}: {error.strerror or error}") from error
+    return Report(pair.classes, reports, overlays)
 
 
 def look(image_path: str, label_path: str | None, encoding: LabelEncoding | None) -> Seen:
@@ -157,13 +166,19 @@ def look(image_path: str, label_path: str | None, encoding: LabelEncoding | None
     return Seen(size, pixels, unmapped, problem)
 
 
-def _check_split(name: str, split: Split, progress: Callable[[str, int, int], None]) -> DomainReport:
-    report = DomainReport(name, split.labelled)
-    labels = split.label_paths or (None,) * len(split)
-    jobs = iter(zip(split.image_paths, labels, strict=True))
+def _check_split(
+    name: str, split: Split, labelled: Split | None, progress: Callable[[str, int, int], None]
+) -> DomainReport:
+    """Read all images of a split, and the labels of those that have one."""
+    encoding = None if labelled is None else labelled.label_encoding
+    report = DomainReport(
+        name, 0 if labelled is None else len(labelled), encoding is not None and encoding.channel == "colour"
+    )
+    labels = {} if labelled is None else dict(zip(labelled.image_paths, labelled.label_paths or (), strict=True))
+    jobs = iter([(path, labels.get(path)) for path in split.image_paths])
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         while chunk := list(islice(jobs, IN_FLIGHT)):
-            seen = pool.map(lambda job: look(job[0], job[1], split.label_encoding), chunk)
+            seen = pool.map(lambda job: look(job[0], job[1], encoding), chunk)
             for (image, label), found in zip(chunk, seen, strict=True):
                 report.add(label or image, found)
             progress(name, report.images, len(split))

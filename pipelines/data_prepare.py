@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from actors.errors import UnreadableImage
+from actors.errors import RunError, UnreadableImage
 from pipelines.blocks import decode_image, decode_label
 from pipelines.datasets.dataset import LabelEncoding, Size, Split
 from pipelines.decode_cache import DecodeCache
@@ -46,7 +46,7 @@ def prepare(options: AdaptOptions, progress: Callable[[int, int], None]) -> Prep
         progress: told (files done, files in all).
 
     Raises:
-        RunError: the options cannot work.
+        RunError: the options cannot work, or the cache cannot be written.
         DataError: the data are not as expected.
     """
     setup = resolve(options)
@@ -60,6 +60,8 @@ def prepare(options: AdaptOptions, progress: Callable[[int, int], None]) -> Prep
                     done.unreadable.append(job.path)
                 else:
                     done.entries, done.bytes = done.entries + 1, done.bytes + size
+            if setup.cache.problem is not None:
+                raise RunError(f"decoded images cannot be written to {setup.cache.folder}: {setup.cache.problem}")
             progress(done.entries + len(done.unreadable), len(jobs))
     done.unreadable = list(dict.fromkeys(done.unreadable))
     return done

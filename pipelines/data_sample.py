@@ -30,9 +30,9 @@ def write_sample(folder: str | Path, size: str) -> tuple[Path, Path, Path]:
         RunError: the folder holds something, or cannot be written.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists already and is not empty; give another folder")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} exists already and is not empty; give another folder")
         inside = write_miniature("gta2city", size, folder).relative_to(folder).as_posix()
         files = {
             "source": (f"{inside}/GTA5/images/*.png", f"{inside}/GTA5/labels/*.png"),

@@ -30,6 +30,8 @@ class DecodeCache:
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else str(folder)
+        self.problem: str | None = None
+        """Why the last entry that could not be written was not."""
 
     def get(self, path: str, size: Size, kind: str, decode: Callable[[], np.ndarray]) -> np.ndarray:
         """The pixels of a file.
@@ -50,7 +52,7 @@ class DecodeCache:
         except OSError:
             return decode()  # says better than we could why it cannot be read
         key = f"{DECODER_VERSION}|{path}|{status.st_size}|{status.st_mtime_ns}|{size}|{kind}"
-        name = hashlib.sha256(key.encode()).hexdigest()
+        name = hashlib.sha256(os.fsencode(key)).hexdigest()
         entry = Path(self.folder) / name[:2] / f"{name[2:24]}.arrow"
         try:
             return _read(entry)
@@ -70,7 +72,8 @@ class DecodeCache:
             with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
                 writer.write_batch(pa.record_batch([data], schema=schema))
             partial.rename(entry)
-        except OSError:  # a full or read-only disk costs speed, not the run
+        except OSError as error:  # a full or read-only disk costs speed, not the run
+            self.problem = error.strerror or str(error)
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 

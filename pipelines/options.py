@@ -34,9 +34,10 @@ class DataOptions:
     source: str | None = None
     """TOML file of a labelled source domain of your own, instead of a benchmark."""
     target: str | None = None
-    """TOML file of the target domain. Labels, if it has any, are only scored on."""
+    """TOML file of the target domain. Labels, if it has any, are scored on; the adapted network never sees them."""
     validation: str | None = None
-    """TOML file of labelled target images to score on. Default: those of --target that have labels."""
+    """TOML file of labelled target images to score on. Default: those of --target that have labels; with it, the
+    labels of --target are the oracle's, where references are trained."""
     data_root: str | None = None
     """Folder with the real datasets. Without it the benchmark runs on its rendered miniature."""
     preset: Literal["auto", "full", "mini", "tiny"] = "auto"

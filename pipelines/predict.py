@@ -24,6 +24,8 @@ Size = tuple[int, int]
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".gif")
 MOST_NUMBERS = 80_000_000
 """Probabilities (classes × pixels) that are held at once; a larger picture is predicted smaller and enlarged."""
+LONGEST_JPEG = 60_000
+"""Pixels of a JPEG's longer side, with room for the key; a longer overlay is shrunk."""
 FULL_DEVIATION = 0.25
 """Standard deviation of a probability that is drawn as the brightest uncertainty; 0.5 is the largest there is."""
 
@@ -129,8 +131,12 @@ def predict(
     Raises:
         RunError: there is no such run or picture, none of the pictures can be read, or the results cannot be written.
     """
-    target = Path(out).absolute()
-    files = [(path, name) for path, name in find_pictures(paths) if not path.is_relative_to(target)]
+    target = Path(out).resolve()
+    try:
+        found = find_pictures(paths)
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be looked into: {error.strerror}") from error
+    files = [(path, name) for path, name in found if not path.resolve().is_relative_to(target)]
     if not files:
         raise RunError(f"all pictures lie in {target}, where the results go; give another --out")
     torch.set_num_threads(threads or os.cpu_count() or 1)
@@ -138,6 +144,8 @@ def predict(
     trained = load_trained(newest_run(runs) if run is None else run, device, weights)
     predictor = Predictor(trained, device, passes)
     done = Predicted(trained.folder, trained.step, target)
+    if len(files) < len(found):
+        done.skipped.append(f"{len(found) - len(files)} pictures that lie in {target}, where the results go")
     for number, (path, name) in enumerate(files):
         try:
             image = read_image(str(path))
@@ -171,7 +179,9 @@ def write(prediction: Prediction, image: NDArray[np.uint8], trained: Trained, st
     for ending, pixels in written.items():
         pictures.save(Image.fromarray(pixels), stem.with_name(f"{stem.name}_{ending}"))
     shown = np.unique(prediction.mask).tolist()
-    overlay = pictures.with_key(pictures.overlay(image, prediction.mask, classes), classes, shown)
+    small = pictures.fitted(image.shape, LONGEST_JPEG)
+    image, mask = np.asarray(Image.fromarray(image).resize(small)), pictures.shrunk(prediction.mask, small)
+    overlay = pictures.with_key(pictures.overlay(image, mask, classes), classes, shown)
     pictures.save(overlay, stem.with_name(f"{stem.name}_overlay.jpg"))
 
 

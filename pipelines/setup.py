@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -293,4 +294,5 @@ def _showcase(
 
 
 def _default_name(options: AdaptOptions, pair: Benchmark) -> str:
-    return f"{pair.name}-{options.recipe}-s{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^\w.-]+", "-", pair.name)
+    return f"{name}-{options.recipe}-s{options.seed}-{time.strftime('%Y%m%d-%H%M%S')}"

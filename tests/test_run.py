@@ -261,3 +261,11 @@ def test_without_target_labels_the_command_says_that_nothing_was_scored(capsys):
     assert "no target image has a label" in printed
     assert "step 90 of 100 looks best" in printed
     assert "mIoU" not in printed
+
+
+def test_a_class_name_in_brackets_is_printed_as_it_is(capsys):
+    row = {"miou": 30.0, "per_class": [30.0, 20.0], "protocols": {"16": 30.0}}
+    run.print_table(results(class_names=["[void]", "car [/old]"], scores={"adapted": row}), Console(width=160))
+    printed = capsys.readouterr().out
+    assert "[void]" in printed
+    assert "car [/old]" in printed

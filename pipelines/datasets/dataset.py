@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -172,6 +172,12 @@ class Split:
     def first(self, count: int) -> Split:
         """The first `count` samples."""
         return self.subset(range(len(self))[:count])
+
+    def without(self, image_paths: Iterable[str]) -> Split | None:
+        """The samples but those of some images; None when none is left."""
+        gone = set(image_paths)
+        rest = [i for i, path in enumerate(self.image_paths) if path not in gone]
+        return self.subset(rest) if rest else None
 
     def subset(self, indices: Sequence[int]) -> Split:
         """Some of the samples, in the given order."""

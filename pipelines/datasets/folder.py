@@ -117,10 +117,10 @@ def default_colours(count: int) -> tuple[Colour, ...]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        state = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f'{path} {state}; give a TOML file with at least images = "photos/*.jpg"')
     try:
+        if not path.is_file():
+            state = "is a folder" if path.is_dir() else "does not exist"
+            raise DataError(f'{path} {state}; give a TOML file with at least images = "photos/*.jpg"')
         plain = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} is no TOML file: {error}") from error
@@ -148,7 +148,8 @@ def _required(path: Path, plain: dict[str, Any], key: str) -> str:
 
 def _image_id(path: Path, image: Path) -> str:
     """The image's path as seen from the TOML file: the same wherever the folder is moved to."""
-    return os.path.relpath(image, path.absolute().parent).replace(os.sep, "/")
+    name = os.path.relpath(image, path.absolute().parent).replace(os.sep, "/")
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _labels(path: Path, plain: dict[str, Any], name: str) -> dict[tuple[str, ...], Path] | None:
@@ -188,7 +189,10 @@ def _matches(path: Path, pattern: str, key: str) -> dict[tuple[str, ...], Path]:
     expression = re.compile(_regular_expression("/".join(parts[fixed:])))
     found: dict[tuple[str, ...], Path] = {}
     for here, folders, files in os.walk(base, followlinks=True):
-        folders.sort()
+        ancestors = (folder for folder in (Path(here), *Path(here).parents) if folder.is_relative_to(base))
+        above = {os.path.realpath(folder) for folder in ancestors}
+        # A link may lead back to where it was reached from.
+        folders[:] = sorted(folder for folder in folders if os.path.realpath(os.path.join(here, folder)) not in above)
         for file in sorted(files):
             candidate = Path(here) / file
             match = expression.fullmatch(candidate.relative_to(base).as_posix())

@@ -152,6 +152,25 @@ def test_images_of_which_none_can_be_read_are_refused(tmp_path):
         own_benchmark(source, target)
 
 
+def test_an_oracle_never_learns_from_what_it_is_scored_on(tmp_path):
+    source, target = write_own_data(tmp_path)
+    _, same = own_benchmark(source, target, target)
+    assert same.target_labelled is None
+    assert len(same.validation) == 8
+    part = tmp_path / "target" / "part.toml"
+    part.write_text('images = "photos/3*.jpg"\nlabels = "masks/3*.png"\n')
+    _, some = own_benchmark(source, target, str(part))
+    assert some.validation.image_ids == ("photos/3.jpg",)
+    assert len(some.target_labelled) == 7
+
+
+def test_an_image_to_score_on_without_a_label_is_refused(tmp_path):
+    source, target = write_own_data(tmp_path)
+    (tmp_path / "target" / "masks" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 8 images to score on have no label, the first is .*3\.jpg"):
+        own_benchmark(source, target, target)
+
+
 def listed(tmp_path, *lines):
     path = tmp_path / "list.txt"
     path.write_text("\n".join(lines))

@@ -39,8 +39,8 @@ def test_four_overlays_come_from_both_domains(tmp_path):
 def test_an_unlabelled_target_is_counted_all_the_same(tmp_path):
     report, _ = run_check(tmp_path, *write_own_data(tmp_path, target_labels=False))
     assert [(domain.name, domain.labelled, domain.images) for domain in report.domains] == [
-        ("source", True, 8),
-        ("target", False, 8),
+        ("source", 8, 8),
+        ("target", 0, 8),
     ]
 
 
@@ -76,6 +76,39 @@ def test_an_unknown_colour_is_named_as_one(tmp_path):
     Image.new("RGB", (64, 48), (255, 0, 16)).save(tmp_path / "source" / "masks" / "0.png")
     report, _ = run_check(tmp_path, source, target)
     assert any("colour #ff0010 occurs in 1 label" in said for said in report.mistakes)
+
+
+def test_black_is_named_as_a_colour_too(tmp_path):
+    source, target = write_own_data(tmp_path, classes=2, target_labels=False)
+    colours = 'encoding = "colours"\nclasses = [{name = "a", colour = "#0a0000"}, {name = "b", colour = "#010101"}]'
+    with open(source, "w") as file:
+        file.write(f'images = "photos/*.jpg"\nlabels = "masks/*.png"\n{colours}')
+    report, _ = run_check(tmp_path, source, target)
+    assert any("colour #000000 occurs in 8 label" in said for said in report.mistakes)
+
+
+def test_every_target_image_is_read_whether_it_has_a_label_or_not(tmp_path):
+    source, target = write_own_data(tmp_path)
+    for number in range(1, 8):
+        (tmp_path / "target" / "masks" / f"{number}.png").unlink()
+    (tmp_path / "target" / "photos" / "5.jpg").write_bytes(b"no photo")
+    write_own_data(tmp_path / "more")
+    (tmp_path / "more" / "target" / "target.toml").rename(tmp_path / "more" / "target" / "scored.toml")
+    for validation in (None, str(tmp_path / "more" / "target" / "scored.toml")):
+        report = check(
+            DataOptions(source=source, target=target, validation=validation), tmp_path / "out", lambda *_: None
+        )
+        found = next(domain for domain in report.domains if domain.name == "target")
+        assert (found.images, found.labelled) == (8, 1)
+        (said,) = report.mistakes
+        assert "5.jpg" in said
+
+
+def test_overlays_that_cannot_be_written_are_a_sentence(tmp_path):
+    source, target = write_own_data(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(RunError, match=r"overlays cannot be written to .*taken"):
+        check(DataOptions(source=source, target=target), tmp_path / "taken", lambda *_: None)
 
 
 def test_half_a_pair_is_refused():

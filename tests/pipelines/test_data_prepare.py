@@ -1,5 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from actors.errors import RunError
 from pipelines.data_prepare import needed, prepare
 from pipelines.decode_cache import DecodeCache
 from pipelines.options import AdaptOptions
@@ -45,3 +49,10 @@ def test_an_unreadable_file_is_named_and_the_others_are_decoded(tmp_path):
     done = prepare(given, lambda *_: None)
     assert done.unreadable == [str(broken)]
     assert done.entries > 20
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence_not_a_success(tmp_path):
+    given = options(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(RunError, match=r"decoded images cannot be written to .*taken"):
+        prepare(replace(given, data=str(tmp_path / "taken")), lambda *_: None)

@@ -127,3 +127,22 @@ def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
 def test_without_a_run_the_newest_is_taken(run, tmp_path):
     done = predict([str(tmp_path / "own/source/photos")], str(tmp_path / "out"), lambda *_: None, runs=run.options.runs)
     assert done.run == run.options.folder()
+
+
+def test_pictures_that_lie_where_the_results_go_are_left_out_and_told(run, tmp_path):
+    for folder in ("out", "photos"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 30)).save(tmp_path / folder / f"{folder}.png")
+    done, _ = go(run, tmp_path, str(tmp_path / "photos"), str(tmp_path / "photos" / ".." / "out"))
+    assert done.pictures == 1
+    (said,) = done.skipped
+    assert said.startswith("1 pictures that lie in")
+
+
+def test_an_overlay_longer_than_a_jpeg_can_be_is_shrunk(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict_module, "LONGEST_JPEG", 300)
+    Image.new("RGB", (900, 30)).save(tmp_path / "x.png")
+    go(run, tmp_path, str(tmp_path / "x.png"))
+    with Image.open(tmp_path / "out/x_overlay.jpg") as overlay, Image.open(tmp_path / "out/x_mask.png") as mask:
+        assert overlay.width == 300
+        assert mask.size == (900, 30)

@@ -46,7 +46,9 @@ def test_classes_in_another_order_than_those_trained_on_are_refused(options):
     plain = json.loads(path.read_text())
     plain["classes"]["names"][:2] = reversed(plain["classes"]["names"][:2])
     path.write_text(json.dumps(plain))
-    with pytest.raises(RunError, match="was trained on the classes sidewalk, road, .* but its data now have road, side"):
+    with pytest.raises(
+        RunError, match=r"was trained on the classes sidewalk, road, .* but its data now have road, side"
+    ):
         rescore(options)
 
 

@@ -11,6 +11,7 @@ import pytest
 from actors.errors import RunError
 from pipelines.options import AdaptOptions
 from pipelines.setup import resolve
+from tests.own_data import write_own_data
 
 
 def options(tiny_folder, **more):
@@ -78,3 +79,11 @@ def test_the_banks_part_of_a_label_plan_needs_no_torch(tiny_folder, faithful):
     loaded = done.stdout.decode().split()
     assert "torch" not in loaded
     assert {"actors", "numpy"} <= set(loaded)
+
+
+def test_a_name_with_a_slash_makes_no_deeper_folder(tmp_path):
+    source, target = write_own_data(tmp_path)
+    text = Path(target).read_text()
+    Path(target).write_text('name = "day/night [1]"\n' + text)
+    named = resolve(AdaptOptions(source=source, target=target, data=str(tmp_path)))
+    assert named.options.name.startswith("source2day-night-1--eplc-s0-")

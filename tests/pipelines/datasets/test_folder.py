@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -5,8 +7,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from real_encodings import write_gray, write_image, write_palette
 
+from pipelines.blocks import decode_image
 from pipelines.datasets import DataError, UnreadableImage
 from pipelines.datasets.folder import MAX_CLASSES, default_colours, read_folder
+from pipelines.decode_cache import DecodeCache
+from tests.own_data import write_own_data
 
 IDS = np.array([[0, 1], [2, 255]])
 
@@ -194,3 +199,29 @@ def test_a_scrambled_file_ends_in_a_sentence(tmp_path, text):
     path.write_text(text, encoding="utf-8", errors="replace")
     with pytest.raises(DataError, match="fuzz"):
         read_folder(path)
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path):
+    write_own_data(tmp_path)
+    photos = tmp_path / "target" / "photos"
+    (photos / "self").symlink_to(".")
+    (photos / "up").symlink_to("..")
+    (photos / "elsewhere").symlink_to(tmp_path / "source" / "photos")
+    (tmp_path / "target" / "target.toml").write_text('images = "photos/**/*.jpg"\n')
+    folder = read_folder(tmp_path / "target" / "target.toml")
+    assert len(folder.images) == 16  # its own eight and those of the folder that a link leads to
+
+
+def test_a_file_name_of_odd_bytes_can_be_read_cached_and_named(tmp_path):
+    write_own_data(tmp_path, target_labels=False)
+    photos = tmp_path / "target" / "photos"
+    (photos / "0.jpg").rename(photos / os.fsdecode(b"caf\xe9.jpg"))
+    split = read_folder(tmp_path / "target" / "target.toml").images
+    index = split.image_ids.index("photos/caf\\udce9.jpg")
+    cache = DecodeCache(tmp_path / "cache")
+    assert decode_image(cache, split.image_paths[index], (8, 8)).shape == (8, 8, 3)
+    assert cache.problem is None
+    (photos / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no photo")
+    with pytest.raises(UnreadableImage) as caught:
+        split.image(index)
+    str(caught.value).encode()

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pipelines import environment
 
@@ -31,14 +31,20 @@ from rich.table import Table  # noqa: E402
 from actors.errors import RunError, UnreadableImage  # noqa: E402
 from pipelines.datasets.dataset import DataError  # noqa: E402
 from pipelines.options import AdaptOptions, DataOptions, read_config  # noqa: E402
+from pipelines.pseudo_labels.layouts import FileLayout, FolderLayout  # noqa: E402
+
+if TYPE_CHECKING:
+    from pipelines.pseudo_labels.exchange import Exchanged
 
 SHOWN_MISTAKES = 20
-COMMANDS = ("adapt", "evaluate", "predict", "report", "data")
+COMMANDS = ("adapt", "evaluate", "predict", "report", "labels", "data")
 HELP = {
     "--resume RUN": "continue a stopped run",
     "evaluate RUN": "score its newest checkpoint again, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
     "report RUN": "write its report.html again, from the files in its directory",
+    "labels export RUN": "pseudo labels of a run as Parquet or in another system's folders",
+    "labels import DIR": "the folder of another system as a file for --pseudo-labels",
     "data sample DIR": "two folders of rendered pictures to try all this on",
     "data check": "look at every file before a run does",
     "data prepare": "decode every file ahead of a run",
@@ -102,6 +108,35 @@ class ReportOptions:
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
+
+
+@dataclass(frozen=True)
+class ExportLabelsOptions:
+    """Label the target images of a run as its teachers would now, and write the pseudo labels."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory."""
+    out: str
+    """Folder for the labels; for parquet a file."""
+    layout: FileLayout = "parquet"
+    """How they are written. parquet: for --pseudo-labels, or to read with any library. The others: as that system
+    keeps them."""
+    weights: Literal["last", "recommended"] = "last"
+    """last: of the newest checkpoint. recommended: of the step that looked best without labels."""
+    threads: int | None = None
+    """CPU threads. Default: all cores."""
+
+
+@dataclass(frozen=True)
+class ImportLabelsOptions(DataOptions):
+    """Read the pseudo labels that another system wrote for the target images of a benchmark."""
+
+    folder: Annotated[str, tyro.conf.Positional] = tyro.MISSING
+    """Folder of the labels."""
+    layout: FolderLayout = tyro.MISSING
+    """Whose they are."""
+    out: str = tyro.MISSING
+    """Parquet file to write, for --pseudo-labels."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +258,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         return _predict(tyro.cli(PredictOptions, prog="run.py predict", args=rest), console)
     if command == "report":
         return _report(tyro.cli(ReportOptions, prog="run.py report", args=rest), console)
+    if command == "labels":
+        return _labels(rest, console)
     if command == "data":
         return _data(rest, console)
     if command not in ("", "adapt"):
@@ -230,7 +267,7 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     if any(item == "--resume" or item.startswith("--resume=") for item in rest):
         resume = tyro.cli(ResumeOptions, prog="run.py", args=rest)
         return _adapt(read_config(resume.resume), console, resume=True)
-    others = "\n".join(f"  run.py {usage:<16} {what}" for usage, what in HELP.items())
+    others = "\n".join(f"  run.py {usage:<17} {what}" for usage, what in HELP.items())
     description = f"{AdaptOptions.__doc__}\n\nOther commands:\n{others}"
     return _adapt(tyro.cli(AdaptOptions, prog="run.py", description=description, args=rest), console)
 
@@ -244,6 +281,15 @@ def _data(arguments: list[str], console: Console) -> int:
     if command == "prepare":
         return _prepare(tyro.cli(PrepareOptions, prog="run.py data prepare", args=rest), console)
     raise RunError("data needs one of: sample, check, prepare")
+
+
+def _labels(arguments: list[str], console: Console) -> int:
+    command, rest = arguments[0] if arguments else "", arguments[1:]
+    if command == "export":
+        return _export_labels(tyro.cli(ExportLabelsOptions, prog="run.py labels export", args=rest), console)
+    if command == "import":
+        return _import_labels(tyro.cli(ImportLabelsOptions, prog="run.py labels import", args=rest), console)
+    raise RunError("labels needs one of: export, import")
 
 
 def _adapt(options: AdaptOptions, console: Console, *, resume: bool = False) -> int:
@@ -315,6 +361,49 @@ def _report(options: ReportOptions, console: Console) -> int:
     except OSError as error:
         raise RunError(f"the report cannot be written: {error.strerror or error}") from error
     return 0
+
+
+def _export_labels(options: ExportLabelsOptions, console: Console) -> int:
+    from pipelines.pseudo_labels.exchange import export_labels
+
+    with _progress(console) as bar:
+        task = bar.add_task("labelling", total=None)
+        done = export_labels(
+            options.run,
+            options.out,
+            options.layout,
+            lambda made, total: bar.update(task, completed=made, total=total),
+            weights=options.weights,
+            threads=options.threads,
+        )
+    _print_exchanged(done, f"labelled with step {done.step}", console)
+    return 0
+
+
+def _import_labels(options: ImportLabelsOptions, console: Console) -> int:
+    from pipelines.pseudo_labels.exchange import import_labels
+
+    with _progress(console) as bar:
+        task = bar.add_task("reading labels", total=None)
+        done = import_labels(
+            options,
+            options.folder,
+            options.layout,
+            options.out,
+            lambda made, total: bar.update(task, completed=made, total=total),
+        )
+    _print_exchanged(done, "read", console)
+    return 0
+
+
+def _print_exchanged(done: Exchanged, what: str, console: Console) -> None:
+    for sentence in done.skipped[:SHOWN_MISTAKES]:
+        console.print(f"left out: {sentence}", highlight=False, markup=False)
+    console.print(
+        f"{done.images} images {what}, {len(done.skipped)} left out; {done.kept:.0%} of the pixels are kept. "
+        f"They are in {done.out}",
+        highlight=False,
+    )
 
 
 def _sample(options: SampleOptions, console: Console) -> int:

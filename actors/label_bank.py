@@ -251,8 +251,20 @@ class LabelBank:
         board: Any,
         calls_in_flight: int = 2,
         folder: str | None = None,
+        given: Mapping[int, str] | None = None,
     ) -> None:
-        self.folder = folder
+        """Set up an empty bank.
+
+        Args:
+            plans: label plan by stage.
+            images: target images.
+            rows: images in a block, by stage.
+            board: where the newest weights hang.
+            calls_in_flight: to each teacher.
+            folder: where finished rounds are written.
+            given: files of rounds by stage, for stages whose labels nobody makes.
+        """
+        self.folder, self.given = folder, dict(given or {})
         self.plans, self.images = plans, images
         self.teachers: list[Any] = []
         self.board = board
@@ -281,6 +293,8 @@ class LabelBank:
         """
         if stage > self.stage:
             self._open(stage, stage_version)
+            if stage in self.given:
+                await self._refill(self.given[stage])
             self._start_feeding()
         assert self.book is not None
         self.student_step = max(self.student_step, step)
@@ -296,6 +310,8 @@ class LabelBank:
         """A student could not read a block that this bank believes live."""
         if self.book is not None:
             self.book.lose(chunk, version)
+            if self.stage in self.given:
+                await self._refill(self.given[self.stage])
             self._forget_broken_round()
 
     async def rewind(self, step: int) -> None:
@@ -353,15 +369,28 @@ class LabelBank:
         Raises:
             ray.exceptions.RayTaskError: the file is gone or of another run; the bank is then as it was.
         """
-        count = -(-self.images // self.rows[stage])
-        headers_ref, *blocks = ray.remote(num_cpus=0)(read_round).options(num_returns=1 + count).remote(path, count)
-        headers = await headers_ref
+        blocks = await self._read(stage, path)
         self._open(stage, stage_version)
         assert self.book is not None
-        for header, block in zip(headers, blocks, strict=True):
+        for header, block in blocks:
             self.book.accept(header, block)
         self.round_file = path
         self._start_feeding()
+
+    async def _read(self, stage: int, path: str) -> list[tuple[Header, Any]]:
+        """Headers and references of a round in a file; a task reads it, so the pixels stay out of this process."""
+        count = -(-self.images // self.rows[stage])
+        headers_ref, *blocks = ray.remote(num_cpus=0)(read_round).options(num_returns=1 + count).remote(path, count)
+        return list(zip(await headers_ref, blocks, strict=True))
+
+    async def _refill(self, path: str) -> None:
+        """Take those blocks of a given round that the book does not hold."""
+        book = self.book
+        assert book is not None
+        for header, block in await self._read(self.stage, path):
+            if header.chunk not in book.entries:
+                book.accept(header, block)
+        self.round_file = path
 
     def _forget_broken_round(self) -> None:
         """A round that lost a block is made whole again by other labels than those in its file."""

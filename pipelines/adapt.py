@@ -28,6 +28,8 @@ from actors.weight_board import WeightBoard
 from pipelines import cluster
 from pipelines.cluster import HEAD, Shares, actor_options
 from pipelines.options import AdaptOptions, write_config
+from pipelines.pseudo_labels.given import write_given_round
+from pipelines.pseudo_labels.table import Table
 from pipelines.report.gallery import write_gallery
 from pipelines.report.page import write_report
 from pipelines.results import CONFUSION, assemble, write_confusion, write_json
@@ -193,6 +195,9 @@ class Run:
     def _start_bank(self) -> None:
         setup = self.setup
         if setup.labels:
+            given = {}
+            if setup.given is not None:
+                given = {stage: self._given_round(setup.given, stage) for stage in setup.labels}
             bank = ray.remote(LabelBank).options(num_cpus=0, max_restarts=-1, max_concurrency=64, resources=HEAD)
             self.bank = bank.remote(
                 {stage: plan.for_bank() for stage, plan in setup.labels.items()},
@@ -200,7 +205,18 @@ class Run:
                 setup.label_rows(),
                 self.board,
                 folder=f"{setup.plan.folder}/labels",
+                given=given,
             )
+
+    def _given_round(self, table: Table, stage: int) -> str:
+        """The user's pseudo labels as a round of a stage; the file's path."""
+        setup, target = self.setup, self.setup.domains.target
+        folder = f"{setup.plan.folder}/labels"
+        made = write_given_round(table, target, setup.labels[stage], setup.label_rows()[stage], folder)
+        if made.missing:
+            text = f"{made.missing} of {len(target)} target images have no pseudo label in {table.path}"
+            self.run_log.say.remote(text)
+        return made.path
 
     def _start_helpers(self) -> None:
         """Start teachers and evaluator, once the students run.
@@ -211,7 +227,7 @@ class Run:
         if self.evaluator is not None:
             return
         setup, plan = self.setup, self.setup.plan
-        if self.bank is not None:
+        if self.bank is not None and setup.given is None:
             teacher = ray.remote(Teacher).options(
                 max_restarts=-1, max_task_retries=0, **actor_options(self.shares.teacher)
             )

@@ -80,6 +80,8 @@ class AdaptOptions(DataOptions):
     """Images of each domain in a batch, instead of the preset's."""
     scale: float = 1.0
     """Multiplies every width and height of the preset."""
+    pseudo_labels: str | None = None
+    """Parquet file of pseudo labels, from run.py labels, to learn from instead of teachers' labels."""
     target_labels: str | None = None
     """Text file that names target images, one a line, whose labels are learned from, too (semi-supervised); they are
     not scored on."""

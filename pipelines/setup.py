@@ -22,6 +22,8 @@ from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_b
 from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
 from pipelines.options import AdaptOptions, DataOptions
+from pipelines.pseudo_labels.given import check_given, with_given_labels
+from pipelines.pseudo_labels.table import Table
 from pipelines.recipes import recipe
 from pipelines.recipes.few_labels import with_few_labels
 from pipelines.recipes.recipe import Ingredients, Preset, Size, preset
@@ -46,6 +48,7 @@ class Setup:
         plan: what the students run.
         references: plans of the runs that involve no method, by name; empty when none are wanted.
         cache: decoded images.
+        given: pseudo labels that the user gives instead of having teachers make them, or None.
     """
 
     options: AdaptOptions
@@ -55,6 +58,7 @@ class Setup:
     plan: RunPlan
     references: dict[str, RunPlan]
     cache: DecodeCache
+    given: Table | None = None
 
     @property
     def labels(self) -> dict[int, LabelPlan]:
@@ -133,6 +137,7 @@ def resolve(options: AdaptOptions) -> Setup:
         target=_absolute(options.target),
         validation=_absolute(options.validation),
         target_labels=_absolute(options.target_labels),
+        pseudo_labels=_absolute(options.pseudo_labels),
     )
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
     ingredients = Ingredients(
@@ -150,6 +155,10 @@ def resolve(options: AdaptOptions) -> Setup:
         few=None if domains.few is None else _opener(domains.few, options.seed, "few", cache),
     )
     stages = chosen.stages(ingredients, getattr(options, options.recipe))
+    given = None
+    if options.pseudo_labels is not None:
+        stages = with_given_labels(stages)
+        given = check_given(options.pseudo_labels, domains.target, pair.classes.names)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
     for stage in stages:
@@ -163,7 +172,7 @@ def resolve(options: AdaptOptions) -> Setup:
     if options.references == "always" and domains.validation is None:
         raise RunError("--references always trains runs to be scored, and there are no labels to score on")
     references = _references(named, size, ingredients, plan) if wants_references(options) else {}
-    return Setup(named, pair, domains, size, plan, references, cache)
+    return Setup(named, pair, domains, size, plan, references, cache, given)
 
 
 def choose_pair(options: DataOptions) -> tuple[Benchmark, Callable[[], Domains]]:

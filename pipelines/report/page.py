@@ -87,7 +87,7 @@ def write_report(folder: str | Path) -> Path:
         },
         label_free=results.get("label_free") or {},
         signals=SIGNALS,
-        labels=_label_facts(results, history),
+        labels=_label_facts(results, history, given=options.pseudo_labels),
         messages=history.messages[:MOST_MESSAGES],
         more_messages=max(0, len(history.messages) - MOST_MESSAGES),
         command=command_line(options),
@@ -192,7 +192,7 @@ def _score_chart(history: History, results: dict[str, Any]) -> str | None:
     return charts.curves({"adapted": curve}, "target mIoU, %", levels=levels, marks=marks if curve else {})
 
 
-def _label_facts(results: dict[str, Any], history: History) -> list[tuple[str, str]]:
+def _label_facts(results: dict[str, Any], history: History, given: str | None) -> list[tuple[str, str]]:
     """What the two loops did to each other, in words."""
     ages, teachers = results.get("label_age_steps") or {}, results.get("teachers") or {}
     if ages.get("p50") is None:
@@ -203,6 +203,10 @@ def _label_facts(results: dict[str, Any], history: History) -> list[tuple[str, s
         ("label age, steps", f"p50 {ages['p50']}, p95 {ages['p95']}, max {ages['max']}"),
         ("waiting for labels", f"{results['student']['wait_share']:.2%} of the student's time"),
         ("labels read", f"{read:,}, and {missing:,} times there was none yet"),
+    ]
+    if given is not None:
+        return [*facts, ("given by the user", given)]
+    facts += [
         ("labels made", f"{teachers['labels_made']:,}"),
         (
             "speed",

@@ -827,3 +827,47 @@ def test_a_later_stage_starts_with_an_empty_book_and_an_earlier_one_does_not_com
         await close(given)
 
     run(test)
+
+
+class Reading:
+    """A task that reads the four blocks of a round; the headers first."""
+
+    times = 0
+
+    def __init__(self):
+        self.options = self.remote = lambda *_, **__: self
+
+    def __iter__(self):
+        Reading.times += 1
+        yield soon([header(chunk, 0) for chunk in range(4)])
+        yield from (f"block {chunk} of reading {Reading.times}" for chunk in range(4))
+
+
+def test_given_labels_complete_a_round_that_no_teacher_makes(monkeypatch):
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: Reading())
+    monkeypatch.setattr(Reading, "times", 0)
+
+    async def test():
+        given = LabelBank({1: label_plan("once")}, 8, {1: 2}, FakeBoard(40), given={1: "labels/given.parquet"})
+        delta = await given.poll(1, 40, 0, 40)
+        assert delta.round_complete
+        assert [(chunk, version) for chunk, _, version in delta.entries] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+        assert (await given.index())["round_file"] == "labels/given.parquet"
+        await given.rewind(10)  # labels from before the run are no one's future
+        assert given.book.round_complete
+
+    run(test)
+
+
+def test_a_given_block_that_was_lost_is_read_again_and_readers_hear_of_it(monkeypatch):
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: Reading())
+    monkeypatch.setattr(Reading, "times", 0)
+
+    async def test():
+        given = LabelBank({1: label_plan("once")}, 8, {1: 2}, FakeBoard(40), given={1: "labels/given.parquet"})
+        seen = (await given.poll(1, 40, 0, 40)).sequence
+        await given.lost(2, 0)
+        assert (await given.poll(1, 40, seen, 40)).entries == [(2, ["block 2 of reading 2"], 0)]
+        assert given.round_file == "labels/given.parquet"
+
+    run(test)

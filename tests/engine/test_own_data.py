@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import run as command
+from pipelines.options import DataOptions
+from pipelines.pseudo_labels.exchange import export_labels, import_labels
 from tests.engine.engine_runs import start_run
 from tests.own_data import write_own_data
 
@@ -67,6 +69,23 @@ def test_a_few_target_labels_are_learned_from_and_left_out_of_the_score(local_ra
     lines = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
     assert all(line["loss/target_labels"] > 0 for line in lines if line["kind"] == "train")
     assert "2 target labels" in outcome.report.read_text()
+
+
+def test_the_labels_of_one_run_teach_another_without_teachers(local_ray, tmp_path):
+    source, target = write_own_data(tmp_path)
+    common = {"source": source, "target": target, "batch": 2, "steps": 8}
+    first = start_run(tmp_path / "runs", tmp_path / "data", name="first", refresh="once", **common)
+    folder = first.go().folder
+    export_labels(str(folder), str(tmp_path / "folder"), "proda", lambda *_: None)
+    own = DataOptions(source=source, target=target)
+    given = str(tmp_path / "given.parquet")
+    assert import_labels(own, str(tmp_path / "folder"), "proda", given, lambda *_: None).images == 8
+    second = start_run(tmp_path / "runs", tmp_path / "data", name="second", pseudo_labels=given, **common)
+    results = second.go().results
+    assert second.run.teachers == []
+    assert results["labels"]["read"] > 0
+    assert results["labels"]["missing"] == 0
+    assert results["scores"]["adapted"]["images"] == 8
 
 
 def test_the_first_hour_of_the_readme_works_when_pasted(local_ray, tmp_path, monkeypatch, capsys):

@@ -119,6 +119,7 @@ def watched(tmp_path, monkeypatch, started):
         make_watcher=lambda: None,
         make_showcase=lambda: None,
         target_reader=None,
+        given=None,
         domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
     run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {})
@@ -212,6 +213,12 @@ def test_without_target_labels_signals_are_measured_and_nothing_is_scored(watche
     assert shown == ["pictures"]
     assert label_free == {"entropy": 0.5, "recommended": 10, "recommended_score": None}
     assert [call[0] for call in watched.evaluator.told] == ["show", "look"]
+
+
+def test_with_given_labels_there_are_no_teachers_either(watched, started):
+    watched.setup.given = "a table"
+    watched._look()
+    assert names(started) == ["Evaluator"]
 
 
 def test_without_labels_there_are_no_teachers(watched, started):

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from test_gallery import shown
 
 from actors.errors import RunError
-from pipelines.options import AdaptOptions, write_config
+from pipelines.options import AdaptOptions, read_config, write_config
 from pipelines.report.gallery import write_gallery
 from pipelines.report.page import write_report
 from pipelines.results import CONFUSION, write_confusion, write_json
@@ -137,6 +138,14 @@ def test_the_page_tells_how_to_repeat_the_run_and_what_it_said(folder):
     assert "--seed 3" in page.text
     assert "skipped <b>an</b> image" in page.text  # escaped, or the parser would have taken the tags away
     assert "keep_share = 0.6" in page.text
+
+
+def test_given_labels_are_named_and_no_teacher_is_spoken_of(folder):
+    assert "labels made 6,272" in spaced(written(folder))
+    write_config(replace(read_config(folder), pseudo_labels="/data/labels.parquet"))
+    text = spaced(written(folder))
+    assert "given by the user /data/labels.parquet" in text
+    assert "teachers idle" not in text
 
 
 def test_a_run_that_was_stopped_has_curves_and_says_that_nothing_is_scored(folder):

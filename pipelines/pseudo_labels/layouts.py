@@ -1,0 +1,233 @@
+"""The folders in which the systems of the field keep pseudo labels (methods §2.1).
+
+A folder layout names a label's file by its image's: ``{city}`` is the folder that holds the image (a city, a sequence),
+``{stem}`` its name without ending, ``{short}`` the same without Cityscapes' ``_leftImg8bit``.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from actors.errors import UnreadableImage
+from pipelines import pictures
+from pipelines.datasets.classes import IGNORE, ClassSet
+from pipelines.datasets.dataset import image_size
+
+FolderLayout = Literal["mrnet", "eplc", "eplc-min", "proda", "proda-soft", "fada", "bisenet"]
+FileLayout = Literal["parquet", FolderLayout]
+
+VOTES = 4
+"""The published EPLC generator stores sums over four views (Q-EP-4); we store means and read both."""
+
+
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, zipfile.BadZipFile, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """How a layout numbers the classes.
+
+    Attributes:
+        train_ids: the train id of each number, in order.
+        withheld: the number of a withheld pixel.
+    """
+
+    train_ids: tuple[int, ...]
+    withheld: int = IGNORE
+
+    def written(self, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Train ids (255 = withheld) as the layout's numbers; a class that it does not know is withheld."""
+        table = np.full(256, self.withheld, np.uint8)
+        table[list(self.train_ids)] = np.arange(len(self.train_ids))
+        return table[label]
+
+    def read(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The layout's numbers as train ids; whatever is no class is withheld."""
+        table = np.full(256, IGNORE, np.uint8)
+        table[: len(self.train_ids)] = self.train_ids
+        return table[numbers]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A folder of label files, and of what goes with them.
+
+    Attributes:
+        what: one line for people.
+        label: the label's file below the folder; a PNG, or for soft labels an array.
+        colour: a PNG in the classes' colours.
+        heat: a PNG of the confidence as a heat map.
+        probability: an NPZ with ``prob``, float32 (H, W) in [0, 1].
+        confidence: a NumPy array, float16 (H, W) in [0, 1].
+        contiguous: whether numbers count the classes of the benchmark's first protocol instead of being train ids.
+        withheld: the number of a withheld pixel.
+        palette: whether the PNG has a palette.
+        at_image_size: whether labels are enlarged (nearest) to their images' size.
+        soft: whether ``label`` is a float32 C×h×w array of probabilities, h and w a quarter of the label's and 1 more.
+    """
+
+    what: str
+    label: str
+    colour: str | None = None
+    heat: str | None = None
+    probability: str | None = None
+    confidence: str | None = None
+    contiguous: bool = False
+    withheld: int = IGNORE
+    palette: bool = False
+    at_image_size: bool = True
+    soft: bool = False
+
+    def ids(self, num_classes: int, protocol: Sequence[int]) -> Ids:
+        """Its numbers for a benchmark."""
+        return Ids(tuple(protocol) if self.contiguous else tuple(range(num_classes)), self.withheld)
+
+    def path(self, folder: Path, image_path: str, template: str | None = None) -> Path:
+        """Where the label of an image lies, or another of its files."""
+        image = Path(image_path)
+        short = image.stem.removesuffix("_leftImg8bit")
+        return folder / (template or self.label).format(city=image.parent.name, stem=image.stem, short=short)
+
+    def clash(self, image_paths: Sequence[str]) -> tuple[str, str] | None:
+        """Two images whose labels would be one file, or None."""
+        seen: dict[Path, str] = {}
+        for image_path in image_paths:
+            other = seen.setdefault(self.path(Path(), image_path), image_path)
+            if other != image_path:
+                return other, image_path
+        return None
+
+    def write(
+        self,
+        folder: Path,
+        image_path: str,
+        label: NDArray[np.uint8],
+        confidence: NDArray[np.uint8],
+        ids: Ids,
+        classes: ClassSet,
+    ) -> None:
+        """Write one label and what goes with it; not for soft layouts.
+
+        Args:
+            folder: where the layout begins.
+            image_path: of its image.
+            label: uint8 (H, W) train ids, 255 = withheld.
+            confidence: uint8 (H, W) in steps of 1/255.
+            ids: see :meth:`ids`.
+            classes: for the colours.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        size = image_size(image_path) if self.at_image_size else None
+        if size is not None:
+            label, confidence = pictures.shrunk(label, size), pictures.shrunk(confidence, size)
+        numbers = Image.fromarray(ids.written(label))
+        if self.palette:
+            colours = [part for train_id in ids.train_ids for part in classes.palette[train_id]]
+            numbers.putpalette(colours + [0] * (768 - len(colours)))  # with fewer, Pillow stores fewer bits a pixel
+        pictures.save(numbers, self.path(folder, image_path))
+        if self.colour is not None:
+            pictures.save(Image.fromarray(classes.colourise(label)), self.path(folder, image_path, self.colour))
+        share = confidence.astype(np.float32) / np.float32(255)
+        if self.heat is not None:
+            pictures.save(Image.fromarray(pictures.heat(share)), self.path(folder, image_path, self.heat))
+        if self.probability is not None:
+            np.savez_compressed(self.path(folder, image_path, self.probability), prob=share)
+        if self.confidence is not None:
+            np.save(self.path(folder, image_path, self.confidence), share.astype(np.float16))
+
+    def write_soft(self, folder: Path, image_path: str, probabilities: NDArray[np.float32], ids: Ids) -> None:
+        """Write one soft label, float32 C×h×w over all classes; those that the layout does not number are left out.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written.
+        """
+        kept = probabilities[list(ids.train_ids)]
+        path = self.path(folder, image_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, (kept / kept.sum(0, keepdims=True).clip(1e-12)).astype(np.float32))
+
+    def read(
+        self, folder: Path, image_path: str, ids: Ids
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None] | None:
+        """Label, uint8 (H, W) train ids, and confidence in steps of 1/255 where the layout has it; None without a file.
+
+        Raises:
+            UnreadableImage: a file is broken, or holds something else than this layout does.
+        """
+        path = self.path(folder, image_path)
+        if not path.is_file():
+            return None
+        try:
+            if self.soft:
+                return _read_soft(path, ids)
+            with Image.open(path) as image:
+                if image.mode not in ("L", "P"):
+                    raise ValueError(f"labels are gray or palette images, this one has mode {image.mode}")
+                label = ids.read(np.asarray(image))
+            return label, self._read_confidence(folder, image_path, label)
+        except _BROKEN as error:
+            raise UnreadableImage(str(path), str(error)) from error
+
+    def _read_confidence(self, folder: Path, image_path: str, label: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        template = self.probability or self.confidence
+        path = None if template is None else self.path(folder, image_path, template)
+        if path is None or not path.is_file():
+            return None
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            share: NDArray[np.float32] = np.asarray(loaded["prob"] if self.probability else loaded, np.float32)
+        if share.shape != label.shape:
+            raise ValueError(f"its confidence {path.name} is {share.shape}, the label {label.shape}")
+        if self.probability is not None and share.max(initial=0) > 1:
+            share = share / np.float32(VOTES)
+        return _in_steps(share)
+
+
+def _read_soft(path: Path, ids: Ids) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    with open(path, "rb") as file:
+        probabilities = np.load(file, allow_pickle=False)
+    if probabilities.ndim != 3 or len(probabilities) != len(ids.train_ids):
+        raise ValueError(f"soft labels are {len(ids.train_ids)}×h×w, this one is {probabilities.shape}")
+    return ids.read(probabilities.argmax(0).astype(np.uint8)), _in_steps(probabilities.max(0))
+
+
+def _in_steps(share: NDArray[np.floating]) -> NDArray[np.uint8]:
+    return np.rint(np.nan_to_num(share).clip(0, 1) * 255).astype(np.uint8)
+
+
+LAYOUTS: dict[FolderLayout, Layout] = {
+    "mrnet": Layout(
+        "MRNet: train ids in a folder a city; --out is the folder that it reads as pseudo_FULL/train",
+        "{city}/{stem}.png",
+        colour="{city}/{stem}_color.png",
+        heat="{city}/{stem}_heatmap.png",
+    ),
+    "eplc": Layout("EPLC: mean labels and prob", "{city}/{stem}.png", probability="{city}/{stem}.npz"),
+    "eplc-min": Layout("EPLC: min or std labels and prob", "{city}/{stem}_2.png", probability="{city}/{stem}.npz"),
+    "proda": Layout(
+        "ProDA, hard: contiguous ids, 250 = withheld",
+        "{stem}.png",
+        colour="{stem}_color.png",
+        confidence="{stem}_conf.npy",
+        contiguous=True,
+        withheld=250,
+    ),
+    "proda-soft": Layout("ProDA, soft: probabilities", "{stem}.npy", contiguous=True, soft=True),
+    "fada": Layout("FADA: contiguous ids in palette images", "{stem}.png", contiguous=True, palette=True),
+    "bisenet": Layout(
+        "BiSeNet: labels/ and labels_rgb/, at the size at which labels are made",
+        "labels/{short}.png",
+        colour="labels_rgb/{short}.png",
+        at_image_size=False,
+    ),
+}

@@ -1,0 +1,159 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from actors.checkpoints import CheckpointStore
+from actors.errors import RunError
+from actors.records import decode
+from actors.teacher import Labeller
+from models.uncertainty import mean_probabilities, trunk_views
+from pipelines.options import DataOptions, write_config
+from pipelines.pseudo_labels.exchange import export_labels, import_labels
+from pipelines.pseudo_labels.layouts import LAYOUTS
+from pipelines.pseudo_labels.table import Table
+from pipelines.views import network_input
+from tests.pipelines.test_trained import finished_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of a random network that is sure of some pixels and not of others."""
+    setup, network = finished_run(tmp_path)
+    for head in network.heads():
+        torch.nn.init.normal_(head.classifier.weight, std=1.0)
+    state = {"step": 3, "teaching": {"network": network.state_dict()}}
+    assert CheckpointStore(setup.options.folder() / "checkpoints").save(3, state) is None
+    write_config(setup.options)
+    return setup, network
+
+
+def quiet(made, total):
+    assert 0 < made <= total == 8
+
+
+def own(setup):
+    return DataOptions(source=setup.options.source, target=setup.options.target)
+
+
+def expected_labels(setup, network):
+    """All images labelled in one block by the teacher's own code, thresholds from all of them."""
+    ((stage, plan),) = setup.labels.items()
+    labeller = Labeller(setup.plan.network, setup.target_reader, setup.labels, setup.options.seed, CPU)
+    labeller.load(3, {name: tensor.numpy() for name, tensor in network.state_dict().items()})
+    header, block = labeller.label(stage, 0, 0, 8, 3)
+    thresholds = plan.selection.thresholds(header.histogram)
+    records = [decode(block, row) for row in range(8)]
+    return [plan.selection.apply(record, thresholds) for record in records], [r["confidence"] for r in records]
+
+
+def test_exported_labels_are_those_that_the_teachers_would_make(run, tmp_path):
+    setup, network = run
+    done = export_labels(setup.plan.folder, str(tmp_path / "x.parquet"), "parquet", quiet)
+    table, (labels, confidences) = Table(tmp_path / "x.parquet"), expected_labels(setup, network)
+    assert table.image_ids == setup.domains.target.image_ids
+    assert table.classes == setup.benchmark.classes.names
+    for image_id, label, confidence in zip(table.image_ids, labels, confidences, strict=True):
+        np.testing.assert_array_equal(table.get(image_id).label, label)
+        np.testing.assert_array_equal(table.get(image_id).confidence, confidence)
+    assert (done.images, done.skipped, done.step) == (8, [], 3)
+    assert done.kept == pytest.approx(np.mean([(label != 255).mean() for label in labels]))
+    assert 0 < done.kept < 1
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "proda-soft"])
+def test_what_was_exported_is_imported_again(run, tmp_path, layout):
+    setup, network = run
+    export_labels(setup.plan.folder, str(tmp_path / "out"), layout, quiet)
+    done = import_labels(own(setup), str(tmp_path / "out"), layout, str(tmp_path / "x.parquet"), quiet)
+    table, (labels, _) = Table(tmp_path / "x.parquet"), expected_labels(setup, network)
+    assert (done.images, done.skipped) == (8, [])
+    height, width = labels[0].shape
+    for image_id, label in zip(setup.domains.target.image_ids, labels, strict=True):
+        found = np.asarray(Image.fromarray(table.get(image_id).label).resize((width, height), Image.Resampling.NEAREST))
+        assert (found == label).mean() > 0.95  # sizes differ by no whole factor
+
+
+def test_soft_labels_are_the_networks_own_probabilities(run, tmp_path):
+    setup, network = run
+    export_labels(setup.plan.folder, str(tmp_path / "out"), "proda-soft", quiet)
+    (view,), (width, height) = setup.preset.score_views, setup.preset.label_size
+    image = network_input(torch.from_numpy(np.array(setup.target_reader.read(0, view)))[None])
+    size = height // 4 + 1, width // 4 + 1
+    views = trunk_views(network.eval(), [image], mirror=setup.preset.score_mirrored)
+    expected = mean_probabilities(network, views, None, size)[0]
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "0.npy"), expected.numpy(), rtol=1e-4)
+
+
+def test_an_unreadable_image_gets_no_label_and_is_named(run, tmp_path):
+    setup, _ = run
+    broken = Path(setup.domains.target.image_paths[2])
+    broken.write_bytes(b"no photo")
+    done = export_labels(setup.plan.folder, str(tmp_path / "x.parquet"), "parquet", quiet)
+    assert done.images == 7
+    assert done.skipped == [f"cannot read {broken}"]
+    assert "photos/2.jpg" not in Table(tmp_path / "x.parquet")
+
+
+def test_labels_that_are_missing_or_broken_are_left_out_and_named(run, tmp_path):
+    setup, _ = run
+    export_labels(setup.plan.folder, str(tmp_path / "out"), "mrnet", quiet)
+    (tmp_path / "out/photos/1.png").unlink()
+    (tmp_path / "out/photos/2.png").write_bytes(b"no label")
+    done = import_labels(own(setup), str(tmp_path / "out"), "mrnet", str(tmp_path / "x.parquet"), quiet)
+    assert done.images == 6
+    assert "photos/1.jpg has no label" in done.skipped[0]
+    assert "photos/2.png" in done.skipped[1]
+
+
+def test_a_train_folder_in_between_is_found(run, tmp_path):
+    setup, _ = run
+    export_labels(setup.plan.folder, str(tmp_path / "out" / "train"), "mrnet", quiet)
+    assert import_labels(own(setup), str(tmp_path / "out"), "mrnet", str(tmp_path / "x.parquet"), quiet).images == 8
+
+
+def test_a_folder_of_something_else_says_what_it_looked_for(run, tmp_path):
+    setup, _ = run
+    (tmp_path / "empty").mkdir()
+    for folder, message in (
+        ("empty", r"holds no label of target in the layout mrnet: .*0\.png"),
+        ("no", "is no folder"),
+    ):
+        with pytest.raises(RunError, match=message):
+            import_labels(own(setup), str(tmp_path / folder), "mrnet", str(tmp_path / "x.parquet"), quiet)
+    (tmp_path / "empty" / "photos").mkdir()
+    (tmp_path / "empty" / "photos" / "0.png").write_bytes(b"")
+    with pytest.raises(RunError, match="none of the labels"):
+        import_labels(own(setup), str(tmp_path / "empty"), "mrnet", str(tmp_path / "x.parquet"), quiet)
+    assert not (tmp_path / "x.parquet").exists()
+
+
+def test_images_of_one_name_do_not_fit_a_flat_layout(run, tmp_path):
+    setup, _ = run
+    photos = tmp_path / "own" / "target" / "photos"
+    shutil.copytree(photos, photos / "again")
+    toml = tmp_path / "own" / "target" / "target.toml"
+    toml.write_text('images = "photos/**/*.jpg"\n')
+    with pytest.raises(RunError, match="would have one label file in the layout fada; use parquet"):
+        export_labels(setup.plan.folder, str(tmp_path / "out"), "fada", lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_without_pseudo_labels_and_a_full_disk_are_sentences(run, tmp_path, monkeypatch):
+    setup, _ = run
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipelines.pseudo_labels.layouts.pictures.save", full)
+    with pytest.raises(RunError, match=r"the labels cannot be written to .*out: No space left"):
+        export_labels(setup.plan.folder, str(tmp_path / "out"), "mrnet", quiet)
+    write_config(replace(setup.options, recipe="mrnet"))
+    with pytest.raises(RunError, match=r"recipe mrnet of .* makes no pseudo labels"):
+        export_labels(setup.plan.folder, str(tmp_path / "out"), "mrnet", quiet)

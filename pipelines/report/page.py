@@ -66,7 +66,7 @@ def write_report(folder: str | Path) -> Path:
     rows = score_rows(results)
     page = template.render(
         name=folder.name,
-        data="miniature" if options.on_miniature else "real",
+        data="miniature" if options.on_miniature else "your own" if options.source is not None else "real",
         benchmark=results.get("benchmark") or options.target or options.benchmark,
         recipe=options.recipe,
         seed=options.seed,

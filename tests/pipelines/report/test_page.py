@@ -174,6 +174,14 @@ def test_without_references_the_page_does_not_speak_of_a_gap(folder):
     assert "change" not in text
 
 
+def test_without_an_oracle_the_page_gives_the_gain_and_says_why_there_is_no_gap(folder):
+    scores = {**RESULTS["scores"], "oracle": None}
+    write_json(folder / "results.json", {**RESULTS, "scores": scores, "gap_closed": None})
+    text = spaced(written(folder))
+    assert "+9.8 points against training on the source alone. There is no oracle" in text
+    assert "--references always" not in text
+
+
 def test_a_run_that_has_only_begun_has_a_page(folder):
     for name in ("results.json", CONFUSION, "metrics.jsonl"):
         (folder / name).unlink()

@@ -196,6 +196,9 @@ def test_the_commands_of_the_readme_parse():
     options = {
         "evaluate": run.EvaluateOptions,
         "predict": run.PredictOptions,
+        "report": run.ReportOptions,
+        "labels export": run.ExportLabelsOptions,
+        "labels import": run.ImportLabelsOptions,
         "data sample": run.SampleOptions,
         "data check": run.CheckOptions,
         "data prepare": run.PrepareOptions,

@@ -22,9 +22,7 @@ from actors.staleness import StalenessPolicy
 
 COLLAPSE_SHARE = 0.5
 """Labels of a chunk look collapsed when they offer less than this share of the pixels, or of the effective number of
-classes, that the same images had before."""
-
-
+classes, that labels of the same images had at their best: a slow slide is a collapse, too."""
 REFUSALS_TO_BLOCK = 3
 """Chunks whose labels look collapsed before the weights are held to have collapsed. One odd chunk is not a collapse."""
 ERRORS_TO_FAIL = 5
@@ -40,6 +38,8 @@ class Entry:
     sequence: int
     class_pixels: np.ndarray
     histogram: np.ndarray
+    best: tuple[float, float]
+    """The most pixels and the most effective classes that labels of this chunk have offered."""
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Counters:
     failures: int = 0
     lost_blocks: int = 0
     collapsed_blocks: int = 0
+    collapses_believed: int = 0
     teacher_seconds: float = 0.0
     skipped: list[str] = field(default_factory=list)
 
@@ -131,11 +132,18 @@ class LabelBook:
             return False
         if old is not None and (header.version < old.version or self._refuse(old, header)):
             return False
+        best = float(header.class_pixels.sum()), effective_classes(header.class_pixels)
         self._refused.pop(header.chunk, None)
+        if old is not None and self._collapsed(old, header):  # refused so often that it is believed
+            self.counters.collapses_believed += 1
+        elif old is not None:
+            best = max(best[0], old.best[0]), max(best[1], old.best[1])
         if old is not None:
             self.histogram -= old.histogram
         self.sequence += 1
-        self.entries[header.chunk] = Entry(block, header.version, self.sequence, header.class_pixels, header.histogram)
+        self.entries[header.chunk] = Entry(
+            block, header.version, self.sequence, header.class_pixels, header.histogram, best
+        )
         self.histogram += header.histogram
         self.counters.images += header.images
         self.counters.blocks += 1
@@ -233,11 +241,9 @@ class LabelBook:
         return True
 
     def _collapsed(self, old: Entry, new: Header) -> bool:
-        before, now = old.class_pixels, new.class_pixels
-        if not before.sum():
-            return False
-        fewer = now.sum() < COLLAPSE_SHARE * before.sum()
-        return bool(fewer or effective_classes(now) < COLLAPSE_SHARE * effective_classes(before))
+        pixels, classes = old.best
+        fewer = new.class_pixels.sum() < COLLAPSE_SHARE * pixels
+        return bool(fewer or effective_classes(new.class_pixels) < COLLAPSE_SHARE * classes)
 
 
 class LabelBank:
@@ -352,6 +358,7 @@ class LabelBank:
             "teacher_failures": book.counters.failures,
             "blocks_lost": book.counters.lost_blocks,
             "blocks_collapsed": book.counters.collapsed_blocks,
+            "collapses_believed": book.counters.collapses_believed,
             "versions_blocked": len(book.blocked),
             "skipped": list(book.counters.skipped),
             "fatal": self.fatal,

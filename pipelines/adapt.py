@@ -40,6 +40,8 @@ WATCH_SECONDS = 0.5
 MAX_RESTARTS = 3
 """How often Ray Train starts dead students again before it gives up."""
 
+COLLAPSES_TO_TELL = 3
+"""Blocks of collapsed labels that are believed before the run speaks of it; one may be an odd block."""
 SUMS = ("labels_made", "teacher_failures")
 """Counters of the bank that start at zero with it; the run's go on."""
 
@@ -341,6 +343,12 @@ class Run:
         if status["versions_blocked"] > self.teacher_status.get("versions_blocked", 0):
             self.run_log.say.remote(
                 "the classes of new labels collapsed: those weights label no more, the last good labels stay"
+            )
+        believed = status["collapses_believed"]
+        if believed >= COLLAPSES_TO_TELL > self.teacher_status.get("collapses_believed", 0):
+            self.run_log.say.remote(
+                "several versions of the weights agree on collapsed labels, so these are used now; look at the shares of "
+                "the classes in the report"
             )
         if status.get("labels_made") != self.teacher_status.get("labels_made"):
             shown = {key: value for key, value in status.items() if key != "skipped"}

@@ -194,6 +194,19 @@ def test_the_first_labels_of_a_chunk_cannot_collapse():
     assert given.accept(header(0, 2, (5, 0, 0)), "more")
 
 
+@pytest.mark.parametrize("slide", [lambda k: (100, 100 * 0.8**k, 100 * 0.8**k), lambda k: [90 * 0.8**k] * 3])
+def test_a_slow_slide_is_a_collapse_though_no_step_of_it_is_one(slide):
+    given, accepted = book(images=2), []
+    for version in range(20):
+        accepted.append(given.accept(header(0, version, [int(n) for n in slide(version)]), f"block {version}"))
+    stop = accepted.index(False)
+    assert all(accepted[:stop])
+    assert accepted[stop : stop + 3] == [False] * 3
+    assert given.blocked >= {stop, stop + 1, stop + 2}
+    assert given.counters.collapses_believed > 0
+    assert accepted[stop + 3]  # four versions that agree are believed: perhaps these images have changed their mind
+
+
 def test_one_odd_chunk_does_not_stop_the_labels_of_all_others():
     """The first labels of one chunk were noise of many classes; every later version calms it down for good."""
     given = book(images=20)

@@ -83,6 +83,7 @@ class Actor:
 
 def status(**more):
     quiet = {"teacher_failures": 0, "versions_blocked": 0, "labels_made": 0, "class_shares": [], "fatal": None}
+    quiet["collapses_believed"] = 0
     return {**quiet, **more}
 
 
@@ -256,6 +257,15 @@ def test_failed_calls_and_collapsed_weights_are_told_once(watched):
         "a teacher died; another takes its place and makes the labels that were on their way",
         "the classes of new labels collapsed",
     ]
+
+
+def test_collapsed_labels_that_are_believed_are_told_once(watched):
+    for believed in (0, 2, 3, 9):
+        watched.bank = Actor(status=status(collapses_believed=believed))
+        watched._look()
+    told = [what for name, *what in watched.run_log.told if name == "say"]
+    assert len(told) == 1
+    assert "agree on collapsed labels" in told[0][0]
 
 
 def test_a_long_outage_is_told_once_and_the_next_one_again(watched):

@@ -347,8 +347,8 @@ class Run:
         believed = status["collapses_believed"]
         if believed >= COLLAPSES_TO_TELL > self.teacher_status.get("collapses_believed", 0):
             self.run_log.say.remote(
-                "several versions of the weights agree on collapsed labels, so these are used now; look at the shares of "
-                "the classes in the report"
+                "several versions of the weights agree on collapsed labels, so these are used now; look at the "
+                "classes' shares in the report"
             )
         if status.get("labels_made") != self.teacher_status.get("labels_made"):
             shown = {key: value for key, value in status.items() if key != "skipped"}

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from pipelines.pseudo_labels.exchange import Exchanged
 
 SHOWN_MISTAKES = 20
-COMMANDS = ("adapt", "evaluate", "predict", "report", "labels", "data")
+COMMANDS = ("adapt", "evaluate", "predict", "report", "export", "labels", "data")
 HELP = {
     "--resume RUN": "continue a stopped run",
     "evaluate RUN": "score its newest checkpoint again, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
     "report RUN": "write its report.html again, from the files in its directory",
+    "export RUN": "its weights as the file that MRNet's and EPLC's code reads",
     "labels export RUN": "pseudo labels of a run as Parquet or in another system's folders",
     "labels import DIR": "the folder of another system as a file for --pseudo-labels",
     "data sample DIR": "two folders of rendered pictures to try all this on",
@@ -108,6 +109,20 @@ class ReportOptions:
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the weights of a run in the layout of a published system."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory."""
+    out: str
+    """Folder for the file, and for the opts.yaml that their code reads beside it."""
+    layout: Literal["mrnet"] = "mrnet"
+    """mrnet: a flat state dict, GTA5_<step>.pth, as MRNet's and EPLC's."""
+    weights: Literal["last", "recommended"] = "last"
+    """last: of the newest checkpoint. recommended: of the step that looked best without labels."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +273,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         return _predict(tyro.cli(PredictOptions, prog="run.py predict", args=rest), console)
     if command == "report":
         return _report(tyro.cli(ReportOptions, prog="run.py report", args=rest), console)
+    if command == "export":
+        return _export(tyro.cli(ExportOptions, prog="run.py export", args=rest), console)
     if command == "labels":
         return _labels(rest, console)
     if command == "data":
@@ -360,6 +377,17 @@ def _report(options: ReportOptions, console: Console) -> int:
         console.print(str(write_report(options.run)), highlight=False, markup=False)
     except OSError as error:
         raise RunError(f"the report cannot be written: {error.strerror or error}") from error
+    return 0
+
+
+def _export(options: ExportOptions, console: Console) -> int:
+    from pipelines.export import EXPORTERS
+
+    done = EXPORTERS[options.layout](options.run, options.out, options.weights)
+    console.print(
+        f"{done.parameters:,} parameters of step {done.step} are in {done.weights}, their options in {done.options}",
+        highlight=False,
+    )
     return 0
 
 

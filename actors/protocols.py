@@ -287,6 +287,7 @@ class RunPlan:
         checkpoint_every: steps between two checkpoints.
         log_every: steps between two lines of metrics.
         max_skipped_share: the share of unreadable images of a split above which the run ends.
+        initial: fills a fresh network, or part of it, before the first step; None leaves it random.
     """
 
     network: Callable[[], nn.Module]
@@ -298,6 +299,7 @@ class RunPlan:
     checkpoint_every: int = 200
     log_every: int = 10
     max_skipped_share: float = 0.01
+    initial: Callable[[nn.Module], None] | None = None
 
     @property
     def total_steps(self) -> int:

@@ -171,6 +171,8 @@ class Student:
             self.network.load_state_dict(state["student"])
             self.step, first, self.tally = state["step"], state["stage"], Tally.from_state(state["tally"])
             self._ages_logged = Counter(self.tally.ages)
+        elif self.plan.initial is not None:
+            self.plan.initial(self.network)
         if self.link.publisher is not None:
             self.link.publisher.rewind(self.step)
         teaching: TeachingNetwork | None = None

@@ -80,6 +80,12 @@ class AdaptOptions(DataOptions):
     """Images of each domain in a batch, instead of the preset's."""
     scale: float = 1.0
     """Multiplies every width and height of the preset."""
+    init: str | None = None
+    """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
+    (of MRNet or EPLC), or a run directory. Default: random."""
+    from_stage: int = 1
+    """First stage to run, of a run that starts from the weights of the stage before (--init). --steps and the preset
+    go on counting the stages that are left out."""
     pseudo_labels: str | None = None
     """Parquet file of pseudo labels, from run.py labels, to learn from instead of teachers' labels."""
     target_labels: str | None = None
@@ -124,6 +130,10 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
         if not 0.1 <= self.scale <= 20:
             raise RunError(f"--scale is {self.scale}; give a factor from 0.1 to 20")
+        if self.from_stage < 1:
+            raise RunError(f"--from-stage is {self.from_stage}; stages are counted from 1")
+        if self.from_stage > 1 and self.init is None:
+            raise RunError(f"--from-stage {self.from_stage} needs --init with the weights of the stage before")
         if self.seed < 0:
             raise RunError(f"--seed is {self.seed}; give a number that is not negative")
 

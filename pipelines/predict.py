@@ -17,8 +17,9 @@ from actors.errors import RunError, UnreadableImage
 from models.uncertainty import UncertaintyRule, draw_masks, mean_probabilities, monte_carlo_labels, trunk_views
 from pipelines import pictures
 from pipelines.datasets.dataset import read_image
-from pipelines.trained import Trained, Weights, load_trained, newest_run
+from pipelines.trained import Trained, load_trained, newest_run
 from pipelines.views import network_input
+from pipelines.weights import Weights
 
 Size = tuple[int, int]
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".gif")

@@ -21,7 +21,8 @@ from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
 from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
 from pipelines.setup import resolve
-from pipelines.trained import check_fits, check_same_classes, newest_weights
+from pipelines.trained import check_fits, check_same_classes
+from pipelines.weights import newest_weights
 
 WORST = 10
 WORST_SIDE = 480

@@ -30,6 +30,7 @@ from pipelines.recipes.recipe import Ingredients, Preset, Size, preset
 from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
 from pipelines.views import network_input
+from pipelines.weights import check_initial, load_initial
 
 SMALLEST_CROP = 16
 WATCHED_IMAGES = 32
@@ -137,6 +138,7 @@ def resolve(options: AdaptOptions) -> Setup:
         target=_absolute(options.target),
         validation=_absolute(options.validation),
         target_labels=_absolute(options.target_labels),
+        init=_absolute(options.init),
         pseudo_labels=_absolute(options.pseudo_labels),
     )
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
@@ -155,12 +157,26 @@ def resolve(options: AdaptOptions) -> Setup:
         few=None if domains.few is None else _opener(domains.few, options.seed, "few", cache),
     )
     stages = chosen.stages(ingredients, getattr(options, options.recipe))
+    if options.from_stage > len(stages):
+        raise RunError(f"--from-stage is {options.from_stage}, but recipe {chosen.name} has {len(stages)} stages")
+    whole = False
+    if options.init is not None:
+        with torch.device("meta"):
+            whole = check_initial(options.init, build_network(size.network))
+    if options.from_stage > 1 and not whole:
+        raise RunError(f"--from-stage {options.from_stage} needs a whole network; {options.init} is a backbone alone")
+    if whole and options.references == "always":
+        raise RunError(
+            "--references always trains source-only and oracle from the same start, and a whole network that has been "
+            "trained before would make neither of them what it is called; leave it out, or start from a backbone"
+        )
     given = None
     if options.pseudo_labels is not None:
         stages = with_given_labels(stages)
         given = check_given(options.pseudo_labels, domains.target, pair.classes.names)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
+    stages = stages[options.from_stage - 1 :]
     for stage in stages:
         if stage.batch % options.students:
             raise RunError(
@@ -171,7 +187,7 @@ def resolve(options: AdaptOptions) -> Setup:
     plan = _plan(named, size, stages, folder)
     if options.references == "always" and domains.validation is None:
         raise RunError("--references always trains runs to be scored, and there are no labels to score on")
-    references = _references(named, size, ingredients, plan) if wants_references(options) else {}
+    references = _references(named, size, ingredients, plan) if wants_references(options) and not whole else {}
     return Setup(named, pair, domains, size, plan, references, cache, given)
 
 
@@ -228,6 +244,7 @@ def _plan(options: AdaptOptions, size: Preset, stages: tuple[StagePlan, ...], fo
         publish_every=size.publish_every,
         evaluate_every=size.evaluate_every,
         checkpoint_every=size.checkpoint_every,
+        initial=None if options.init is None else partial(load_initial, options.init),
     )
 
 

@@ -6,23 +6,21 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from actors.teacher import load_weights
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.datasets.classes import ClassSet
 from pipelines.results import write_json
 from pipelines.setup import Setup
+from pipelines.weights import Weights, newest_weights
 
 Size = tuple[int, int]
 FILE = "network.json"
-Weights = Literal["last", "recommended"]
-FOLDERS: dict[Weights, str] = {"last": "checkpoints", "recommended": "recommended"}
 
 
 @dataclass(frozen=True)
@@ -122,20 +120,6 @@ def load_trained(folder: str | Path, device: torch.device, weights: Weights = "l
     check_fits(network, arrays, folder)
     load_weights(network, arrays)
     return Trained(folder, step, description, network.to(device).eval().requires_grad_(False))
-
-
-def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
-    """Step and teaching weights of a run, as in :func:`load_trained`.
-
-    Raises:
-        RunError: there is none yet.
-    """
-    state = CheckpointStore(folder / FOLDERS[weights]).newest()
-    if state is None and weights == "recommended":
-        raise RunError(f"{folder} recommends no step yet; its first one is looked at some steps into the run")
-    if state is None:
-        raise RunError(f"{folder} has no checkpoint yet; resume the run first: python run.py --resume {folder}")
-    return state["step"], {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
 
 
 def check_fits(network: torch.nn.Module, weights: dict[str, np.ndarray], folder: Path) -> None:

@@ -58,7 +58,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones(arguments, known, tmp_pa
 
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert called(["fly"]) == 2
-    assert "unknown command 'fly'; known are adapt, evaluate, predict, report, labels, data" in capsys.readouterr().err
+    assert (
+        "unknown command 'fly'; known are adapt, evaluate, predict, report, export, labels, data"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,6 +200,7 @@ def test_the_commands_of_the_readme_parse():
         "evaluate": run.EvaluateOptions,
         "predict": run.PredictOptions,
         "report": run.ReportOptions,
+        "export": run.ExportOptions,
         "labels export": run.ExportLabelsOptions,
         "labels import": run.ImportLabelsOptions,
         "data sample": run.SampleOptions,

@@ -6,11 +6,14 @@ Reading the file is the caller's business. A layout that does not fit ends in on
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 PARALLEL_PREFIX = "module."
 SKIPPED_IN_INIT = ("fc", "layer5")
+COUNTER = "num_batches_tracked"
+SHOWN_NAMES = 3
 
 
 def strip_parallel(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -20,58 +23,92 @@ def strip_parallel(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(state)
 
 
-def load_exact(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads a checkpoint of this very network.
+@dataclass(frozen=True)
+class Differences:
+    """How a state dict differs from what a network needs; empty where it fits.
+
+    Attributes:
+        missing: names that it lacks.
+        unexpected: names that the network does not know.
+        misshapen: (name, given shape, needed shape).
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def __str__(self) -> str:
+        """One clause a kind, each with its first few names."""
+        shapes = tuple(f"{name} is {given}, needed is {needed}" for name, given, needed in self.misshapen)
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
+        return "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds if names)
+
+
+def _few(names: tuple[str, ...]) -> str:
+    more = "" if len(names) <= SHOWN_NAMES else " and others"
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
+def is_whole_network(state: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds both heads, and not a backbone alone."""
+    return any(key.startswith("layer6.") for key in strip_parallel(state))
+
+
+def differences(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Differences:
+    """Compare names and shapes."""
+    return Differences(
+        tuple(key for key in needed if key not in given),
+        tuple(key for key in given if key not in needed),
+        tuple(
+            (key, tuple(given[key].shape), tuple(value.shape))
+            for key, value in needed.items()
+            if key in given and given[key].shape != value.shape
+        ),
+    )
+
+
+def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a published file under the names of a network, whatever of it they fill.
+
+    A file with both heads must fit the whole network. Any other fills the backbone: a first component that all names
+    share (``Scale.`` in the DeepLab init) is dropped, classifiers (``fc``, ``layer5``) are skipped, heads keep their
+    fresh start, and batch counters may be absent.
 
     Raises:
-        ValueError: naming the first entry that is missing, foreign or misshapen; nothing is loaded then.
+        ValueError: it does not fit; names what is missing, unexpected or of another shape.
     """
-    state = strip_parallel(state)
-    own = network.state_dict()
-    problems = (
-        [f"it has no {key!r}" for key in own if key not in state]
-        + [f"it has {key!r}, which this network does not know" for key in state if key not in own]
-        + [
-            f"its {key!r} has shape {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ]
-    )
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise ValueError(f"the checkpoint belongs to another network: {problems[0]}{more}")
-    network.load_state_dict(state)
+    own, given = network.state_dict(), strip_parallel(state)
+    if is_whole_network(given):
+        found = differences(own, given)
+        if found:
+            raise ValueError(f"the checkpoint belongs to another network: {found}")
+        return given
+    if not any(key.startswith("conv1.") for key in given):
+        given = {key.partition(".")[2]: value for key, value in given.items()}
+    given = {key: value for key, value in given.items() if key.partition(".")[0] not in SKIPPED_IN_INIT}
+    needed = {key: value for key, value in own.items() if key.partition(".")[0] in _BACKBONE}
+    needed = {key: value for key, value in needed.items() if key in given or not key.endswith(COUNTER)}
+    found = differences(needed, given)
+    if found:
+        raise ValueError(f"the pretrained file does not fit this backbone: {found}")
+    return {key: given[key] for key in needed}
 
 
-def load_backbone_init(network: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """Loads a pretrained backbone into a network with torchvision's module names.
-
-    The DeepLab init carries a first component (``Scale.``) on every key; it is dropped whatever its name.
-    Classifiers (``fc``, ``layer5``) are skipped, heads keep their fresh start, and files without batch
-    counters are accepted.
+def load(network: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Fill a network, or its backbone, from a published file.
 
     Returns:
         The number of tensors loaded.
 
     Raises:
-        ValueError: if a backbone tensor is missing or has another shape; nothing is loaded then.
+        ValueError: see :func:`fitting`; nothing is loaded then.
     """
-    state = strip_parallel(state)
-    if not any(key.startswith("conv1.") for key in state):
-        state = {key.partition(".")[2]: value for key, value in state.items()}
-    own = network.state_dict()
-    wanted = [key for key in own if key.partition(".")[0] in _BACKBONE and not key.endswith("num_batches_tracked")]
-    given = {key: value for key, value in state.items() if key.partition(".")[0] not in SKIPPED_IN_INIT}
-    for key in wanted:
-        if key not in given:
-            raise ValueError(f"the pretrained file does not fit this backbone: it has no {key!r}")
-        if given[key].shape != own[key].shape:
-            raise ValueError(
-                f"the pretrained file does not fit this backbone: its {key!r} has shape "
-                f"{tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
-            )
-    network.load_state_dict({key: given[key] for key in wanted}, strict=False)
-    return len(wanted)
+    tensors = fitting(network, state)
+    network.load_state_dict(tensors, strict=False)
+    return len(tensors)
 
 
 _BACKBONE = frozenset(("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))

@@ -24,8 +24,9 @@ from pipelines.options import DataOptions, read_config
 from pipelines.pseudo_labels.layouts import LAYOUTS, FileLayout, FolderLayout, Layout
 from pipelines.pseudo_labels.table import PseudoLabel, open_table
 from pipelines.setup import Setup, choose_pair, resolve
-from pipelines.trained import Weights, check_fits, check_same_classes, newest_weights
+from pipelines.trained import check_fits, check_same_classes
 from pipelines.views import network_input
+from pipelines.weights import Weights, newest_weights
 
 Progress = Callable[[int, int], None]
 

@@ -16,6 +16,7 @@ from fakes import (
     sgd,
     stage,
 )
+from torch import nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
@@ -301,6 +302,24 @@ def test_a_student_tells_where_it_stands_before_it_publishes(tmp_path, monkeypat
     student(two_stages(seen, tmp_path), link).run()
     assert link.publisher.rewound == [3]
     assert link.publisher.published[0][:2] == (3, False)
+
+
+def test_a_run_may_begin_with_given_weights_and_a_resumed_one_does_not_begin_again(tmp_path, monkeypatch):
+    always_look(monkeypatch)
+    filled = []
+
+    def fill(network):
+        filled.append(network)
+        nn.init.constant_(network.classifier.bias, 7.0)
+
+    seen, link = [], FakeLink()
+    plan = run_plan(tmp_path, [stage(seen, steps=4)], checkpoint_every=2, initial=fill)
+    made = student(plan, link)
+    made.run()
+    assert len(filled) == 1
+    assert (link.publisher.published[0][-1]["classifier.bias"] == 7.0).all()
+    student(plan).run()
+    assert len(filled) == 1
 
 
 def test_only_the_first_rank_writes_and_publishes(tmp_path):

@@ -3,10 +3,12 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from actors.errors import RunError
 from pipelines.options import AdaptOptions
@@ -87,3 +89,46 @@ def test_a_name_with_a_slash_makes_no_deeper_folder(tmp_path):
     Path(target).write_text('name = "day/night [1]"\n' + text)
     named = resolve(AdaptOptions(source=source, target=target, data=str(tmp_path)))
     assert named.options.name.startswith("source2day-night-1--eplc-s0-")
+
+
+@pytest.fixture
+def weights(tiny_folder, tmp_path):
+    """Files of a whole network and of a backbone alone, and options of runs that start from them."""
+    plain = AdaptOptions(preset="tiny", data=str(tiny_folder / "data"))
+    state = resolve(plain).plan.network().state_dict()
+    torch.save(state, tmp_path / "whole.pth")
+    backbone = {f"Scale.{k}": v for k, v in state.items() if k.split(".")[0] not in ("layer5", "layer6")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    return lambda name, **more: replace(plain, init=str(tmp_path / f"{name}.pth"), **more)
+
+
+def test_references_start_from_the_same_backbone_and_there_are_none_beside_a_whole_network(weights):
+    setup = resolve(weights("backbone"))
+    networks = [plan.network() for plan in (setup.plan, *setup.references.values())]
+    for plan, network in zip((setup.plan, *setup.references.values()), networks, strict=True):
+        plan.initial(network)
+    assert len(networks) == 3
+    first, *others = (network.layer4[0].conv2.weight for network in networks)
+    assert all(torch.equal(first, other) for other in others)
+    assert resolve(weights("whole")).references == {}
+    with pytest.raises(RunError, match="neither of them what it is called"):
+        resolve(weights("whole", references="always"))
+
+
+def test_a_run_may_begin_with_its_second_stage_where_it_has_the_weights_of_the_first(weights):
+    whole = resolve(weights("whole", from_stage=2))
+    assert [stage.name for stage in whole.plan.stages] == ["self-training"]
+    assert set(whole.labels) == {0}
+    with pytest.raises(RunError, match=r"--from-stage 2 needs a whole network; .*backbone\.pth is a backbone alone"):
+        resolve(weights("backbone", from_stage=2))
+    with pytest.raises(RunError, match="--from-stage is 3, but recipe eplc has 2 stages"):
+        resolve(weights("whole", from_stage=3))
+    with pytest.raises(RunError, match="needs --init"):
+        AdaptOptions(from_stage=2)
+    with pytest.raises(RunError, match="stages are counted from 1"):
+        AdaptOptions(from_stage=0)
+
+
+def test_weights_of_another_network_are_refused_before_anything_starts(weights):
+    with pytest.raises(RunError, match=r"whole\.pth: the checkpoint belongs to another network"):
+        resolve(weights("whole", preset="mini"))

@@ -1,0 +1,104 @@
+"""Weights in files: those that a run has saved, and those that it starts from when they are not random."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from actors.checkpoints import CheckpointStore
+from actors.errors import RunError
+from models.networks.layouts import fitting, is_whole_network, load
+
+Weights = Literal["last", "recommended"]
+FOLDERS: dict[Weights, str] = {"last": "checkpoints", "recommended": "recommended"}
+WRAPPERS = ("state_dict",)
+"""Names under which a file may keep its state dict (SimCLR's does)."""
+
+
+def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
+    """Step and teaching weights of a run.
+
+    Args:
+        folder: run directory.
+        weights: ``last``, of the newest checkpoint; ``recommended``, of the step that looks best without labels.
+
+    Raises:
+        RunError: there is none yet.
+    """
+    state = CheckpointStore(folder / FOLDERS[weights]).newest()
+    if state is None and weights == "recommended":
+        raise RunError(f"{folder} recommends no step yet; its first one is looked at some steps into the run")
+    if state is None:
+        raise RunError(f"{folder} has no checkpoint yet; resume the run first: python run.py --resume {folder}")
+    return state["step"], {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a file (``.pth``, ``.pt``, ``.safetensors``), or of the teaching network of a run directory.
+
+    Raises:
+        RunError: there is no such file, or it holds something else; nothing in it is executed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return {name: torch.from_numpy(array) for name, array in newest_weights(path)[1].items()}
+    try:
+        loaded: Any = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        )
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        cause = str(error).strip().splitlines()
+        raise RunError(f"the weights {path} cannot be read: {cause[0] if cause else type(error).__name__}") from error
+    for name in WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
+        inside = ", ".join(map(str, loaded)) if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise RunError(f"{path} is no state dict of a network; it holds {inside[:200] or 'nothing'}")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def check_initial(path: str, network: nn.Module) -> bool:
+    """Whether a file holds a whole network, and not a backbone alone.
+
+    Args:
+        path: see :func:`read_weights`.
+        network: that it shall fill; on the ``meta`` device is enough.
+
+    Raises:
+        RunError: it cannot be read or does not fit.
+    """
+    state = read_weights(path)
+    try:
+        fitting(network, state)
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+    return is_whole_network(state)
+
+
+def load_initial(path: str, network: nn.Module) -> None:
+    """Fill a network, or its backbone; called by every student.
+
+    Raises:
+        RunError: see :func:`check_initial`.
+    """
+    try:
+        load(network, read_weights(path))
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether a file has torch's newer format, which can be mapped; the published files have the older one."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"

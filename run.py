@@ -180,7 +180,7 @@ class PrepareOptions(DataOptions):
     """Decode every file that a run reads, at every size it reads it at. A run does so itself on first use."""
 
     recipe: str = "eplc"
-    """Recipe of the run: eplc or mrnet."""
+    """Recipe of the run: eplc, rectified or mrnet."""
     scale: float = 1.0
     """Scale of the run."""
 
@@ -572,7 +572,7 @@ def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console:
 
 def _print_labels(results: dict[str, Any], console: Console) -> None:
     ages = results.get("label_age_steps")
-    if ages and ages["p50"] is not None:
+    if ages and ages["p50"] is not None and not results["labels"]["given"]:
         wait = results["student"]["wait_share"]
         console.print(
             f"label age in steps: p50 {ages['p50']}, p95 {ages['p95']}, max {ages['max']}; "

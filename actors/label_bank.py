@@ -95,6 +95,7 @@ class LabelBook:
         self.histogram = np.zeros((plan.rule.num_classes, 256), np.int64)
         self._thresholds: np.ndarray | None = None
         self._refused: dict[int, set[int]] = {}
+        self._believed: set[int] = set()
         self._not_after: dict[int, int] = {}
 
     @property
@@ -135,7 +136,7 @@ class LabelBook:
         best = float(header.class_pixels.sum()), effective_classes(header.class_pixels)
         self._refused.pop(header.chunk, None)
         if old is not None and self._collapsed(old, header):  # refused so often that it is believed
-            self.counters.collapses_believed += 1
+            self._believed.add(header.chunk)
         elif old is not None:
             best = max(best[0], old.best[0]), max(best[1], old.best[1])
         if old is not None:
@@ -144,11 +145,22 @@ class LabelBook:
         self.entries[header.chunk] = Entry(
             block, header.version, self.sequence, header.class_pixels, header.histogram, best
         )
+        if len(self._believed) >= min(REFUSALS_TO_BLOCK, len(self.ranges)):
+            self._begin_anew()
         self.histogram += header.histogram
         self.counters.images += header.images
         self.counters.blocks += 1
         self._thresholds = None
         return True
+
+    def _begin_anew(self) -> None:
+        """Several chunks insist on what looked like a collapse: from now on it is what labels are."""
+        self.counters.collapses_believed += 1
+        self._believed.clear()
+        self._refused.clear()
+        self.blocked.clear()
+        for entry in self.entries.values():
+            entry.best = 0.0, 0.0
 
     def fail(self, chunk: int) -> None:
         """A call did not come back: the chunk is free again and keeps its older label."""

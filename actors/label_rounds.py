@@ -7,8 +7,10 @@ metadata. The file is named by the digest of its pixels, so a checkpoint that na
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +34,34 @@ class Header:
 
 
 def write_round(folder: str, histogram: np.ndarray, *blocks: pa.Table) -> str:
-    """Write blocks in chunk order.
+    """Write blocks in chunk order; see :func:`write_blocks`."""
+    return write_blocks(folder, blocks, lambda: histogram)
+
+
+def write_blocks(folder: str, blocks: Iterable[pa.Table], histogram: Callable[[], np.ndarray]) -> str:
+    """Write blocks in chunk order, one after the other as they come.
+
+    Args:
+        folder: where the file shall be.
+        blocks: at least one.
+        histogram: summed over all blocks; asked for after the last one.
 
     Returns:
         The file's absolute path, ``<folder>/<digest>.parquet``. It appears by rename: complete or not at all.
     """
-    digest = hashlib.sha256()
-    for block in blocks:
-        for column in block.columns:
-            for part in column.chunks:
-                digest.update(memoryview(part.buffers()[-1]))
-    target = Path(folder) / f"{digest.hexdigest()[:16]}.parquet"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    metadata = {**(blocks[0].schema.metadata or {}), b"histogram": json.dumps(histogram.tolist()).encode()}
-    schema = blocks[0].schema.with_metadata(metadata)
+    digest, waiting = hashlib.sha256(), iter(blocks)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    partial = Path(folder).absolute() / f".{os.getpid()}.partial"
     try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for block in blocks:
-                writer.write_table(block.replace_schema_metadata(metadata), row_group_size=max(1, block.num_rows))
+        first = next(waiting)
+        with pq.ParquetWriter(partial, first.schema, compression="zstd") as writer:
+            for block in itertools.chain((first,), waiting):
+                for column in block.columns:
+                    for part in column.chunks:
+                        digest.update(memoryview(part.buffers()[-1]))
+                writer.write_table(block, row_group_size=max(1, block.num_rows))
+            writer.add_key_value_metadata({"histogram": json.dumps(histogram().tolist())})
+        target = partial.with_name(f"{digest.hexdigest()[:16]}.parquet")
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,7 +83,7 @@ def read_round(path: str, blocks: int) -> tuple[Any, ...]:
             f"{path} holds {file.num_row_groups} blocks of labels, this run needs {blocks}: "
             "it was written by a run with other data or another number of teachers"
         )
-    summed = np.array(json.loads(file.schema_arrow.metadata[b"histogram"]), np.int64)
+    summed = np.array(json.loads(file.metadata.metadata[b"histogram"]), np.int64)
     headers, tables = [], []
     for chunk in range(blocks):
         table = file.read_row_group(chunk).combine_chunks()

@@ -208,6 +208,8 @@ class Student:
                 self._log(stage)
             # The end of a stage is published and saved by the beginning of the next one.
             finished = self.step == self.plan.total_steps
+            if at_end and not finished:
+                self._keep_finite(stage)
             if (self._every(self.plan.publish_every) and not at_end) or finished:
                 self._publish(stage)
             self.stopped = self._stop_agreed()
@@ -367,10 +369,8 @@ class Student:
         self._log(stage)  # or weights might be saved whose losses nobody has looked at
         if self.lead:
             stage.teaching.settle(self.network)
+        self._keep_finite(stage)
         good = snapshot(self._trained(stage))
-        if self._any_rank(not _all_finite(good)):  # the loss was looked at before the step that broke the weights
-            self._recover(stage, "the weights are no finite numbers any more")
-            good = snapshot(self._trained(stage))
         self._good = self.step, good
         if self.lead:
             state = {
@@ -429,6 +429,11 @@ class Student:
                 **summary,
             }
             self.link.write("train", self.step, numbers)
+
+    def _keep_finite(self, stage: StageState) -> None:
+        """Go back if the weights are broken; their loss was looked at before the step that broke them."""
+        if self._any_rank(not _all_finite(self._trained(stage))):
+            self._recover(stage, "the weights are no finite numbers any more")
 
     def _recover(self, stage: StageState, what: str, details: str = "") -> None:
         """Go back to the last good weights and on with the next samples; every rank does so at the same step.

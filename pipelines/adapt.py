@@ -31,6 +31,7 @@ from pipelines.options import AdaptOptions, write_config
 from pipelines.pseudo_labels.given import write_given_round
 from pipelines.pseudo_labels.table import Table
 from pipelines.report.gallery import write_gallery
+from pipelines.report.history import read_history
 from pipelines.report.page import write_report
 from pipelines.results import CONFUSION, assemble, write_confusion, write_json
 from pipelines.setup import Setup, resolve
@@ -40,8 +41,6 @@ WATCH_SECONDS = 0.5
 MAX_RESTARTS = 3
 """How often Ray Train starts dead students again before it gives up."""
 
-COLLAPSES_TO_TELL = 3
-"""Blocks of collapsed labels that are believed before the run speaks of it; one may be an odd block."""
 SUMS = ("labels_made", "teacher_failures")
 """Counters of the bank that start at zero with it; the run's go on."""
 
@@ -79,6 +78,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False) -> Outco
     if not resume and (folder / "config.toml").exists():
         raise RunError(f"{folder} holds a run already: continue it with --resume {folder}, or give another --name")
     check_same_classes(setup)
+    given = setup.open_given()
     seconds = {"data": time.monotonic() - began}
     watch("phase", {"name": "start", "text": "starting Ray", "folder": setup.plan.folder})
     url = cluster.start(setup.options)
@@ -87,7 +87,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False) -> Outco
     parts = cluster.shares(setup.options, cluster.total_resources())
     write_config(setup.options)
     describe(setup)
-    run = Run(setup, parts, watch, seconds)
+    run = Run(setup, parts, watch, seconds, given)
     with stop_on_interrupt() as interrupt:
         return run.execute(interrupt)
 
@@ -141,8 +141,10 @@ class RunningSums:
 class Run:
     """The processes of one run."""
 
-    def __init__(self, setup: Setup, shares: Shares, watch: Watch, seconds: dict[str, float]) -> None:
-        self.setup, self.shares, self.watch, self.seconds = setup, shares, watch, seconds
+    def __init__(
+        self, setup: Setup, shares: Shares, watch: Watch, seconds: dict[str, float], given: Table | None = None
+    ) -> None:
+        self.setup, self.shares, self.watch, self.seconds, self.given = setup, shares, watch, seconds, given
         self.seen_messages = 0
         self.teacher_status: dict[str, Any] = {}
         self.sums = RunningSums(SUMS)
@@ -185,21 +187,28 @@ class Run:
         """Score, and write what came out into the run directory."""
         folder, classes = Path(self.setup.plan.folder), self.setup.benchmark.classes
         scores, label_free, shown = self._score(references)
-        if "adapted" in scores:
-            write_confusion(folder / CONFUSION, classes.names, scores["adapted"]["confusion"])
+        confusion = scores.get("adapted", {}).get("confusion")
         for row in [*scores.values(), label_free["recommended_score"] or {}]:
             row.pop("confusion", None)
-        write_gallery(folder, shown, classes)
-        results = assemble(self.setup, scores, student, self.teacher_status, self.seconds, label_free=label_free)
+        teachers = self.teacher_status
+        if not teachers:  # resumed after its last step: no bank began, and the last one's words are in the metrics
+            teachers = next(reversed(read_history(folder / "metrics.jsonl").of("teachers")), {})
+        results = assemble(self.setup, scores, student, teachers, self.seconds, label_free=label_free)
         write_json(folder / "results.json", results)
+        try:
+            if confusion is not None:
+                write_confusion(folder / CONFUSION, classes.names, confusion)
+            write_gallery(folder, shown, classes)
+        except OSError as error:
+            self.watch("message", {"text": f"the pictures cannot be written: {error.strerror or error}"})
         return results
 
     def _start_bank(self) -> None:
         setup = self.setup
         if setup.labels:
             given = {}
-            if setup.given is not None:
-                given = {stage: self._given_round(setup.given, stage) for stage in setup.labels}
+            if self.given is not None:
+                given = {stage: self._given_round(self.given, stage) for stage in setup.labels}
             bank = ray.remote(LabelBank).options(num_cpus=0, max_restarts=-1, max_concurrency=64, resources=HEAD)
             self.bank = bank.remote(
                 {stage: plan.for_bank() for stage, plan in setup.labels.items()},
@@ -217,7 +226,7 @@ class Run:
         made = write_given_round(table, target, setup.labels[stage], setup.label_rows()[stage], folder)
         if made.missing:
             text = f"{made.missing} of {len(target)} target images have no pseudo label in {table.path}"
-            self.run_log.say.remote(text)
+            self.run_log.say.remote(text, 0)
         return made.path
 
     def _start_helpers(self) -> None:
@@ -229,7 +238,7 @@ class Run:
         if self.evaluator is not None:
             return
         setup, plan = self.setup, self.setup.plan
-        if self.bank is not None and setup.given is None:
+        if self.bank is not None and self.given is None:
             teacher = ray.remote(Teacher).options(
                 max_restarts=-1, max_task_retries=0, **actor_options(self.shares.teacher)
             )
@@ -316,7 +325,7 @@ class Run:
         for text in seen["messages"]:
             self.watch("message", {"text": text})
         self.seen_messages += len(seen["messages"])
-        self.step = seen["newest"].get("train", {}).get("step", 0)
+        self.step = seen["newest"].get("train", {}).get("step", self.step)
         if "train" in seen["newest"] or (self.labels_first and "student" in seen["newest"]):
             self._start_helpers()
             self._score_now_and_then()
@@ -337,18 +346,18 @@ class Run:
         failed = status["teacher_failures"] - self.teacher_status.get("teacher_failures", 0)
         if failed > 0 and not self.failing:
             self.run_log.say.remote(
-                "a teacher died; another takes its place and makes the labels that were on their way"
+                "a teacher died; another takes its place and makes the labels that were on their way", self.step
             )
         self.failing = failed > 0
-        if status["versions_blocked"] > self.teacher_status.get("versions_blocked", 0):
+        if status["versions_blocked"] and not self.teacher_status.get("versions_blocked"):
             self.run_log.say.remote(
-                "the classes of new labels collapsed: those weights label no more, the last good labels stay"
+                "the classes of new labels collapsed: those weights label no more, the last good labels stay", self.step
             )
-        believed = status["collapses_believed"]
-        if believed >= COLLAPSES_TO_TELL > self.teacher_status.get("collapses_believed", 0):
+        if status["collapses_believed"] > self.teacher_status.get("collapses_believed", 0):
             self.run_log.say.remote(
                 "several versions of the weights agree on collapsed labels, so these are used now; look at the "
-                "classes' shares in the report"
+                "classes' shares in the report",
+                self.step,
             )
         if status.get("labels_made") != self.teacher_status.get("labels_made"):
             shown = {key: value for key, value in status.items() if key != "skipped"}
@@ -357,7 +366,10 @@ class Run:
     def _reopen_round(self) -> None:
         """Give the bank back the finished round of ``refresh="once"`` that the newest checkpoint names."""
         state = CheckpointStore(f"{self.setup.plan.folder}/checkpoints").newest()
-        if state is None or self.bank is None:
+        if state is None:
+            return
+        self.step = state["step"]
+        if self.bank is None:
             return
         index, stage = state.get("bank", {}), state["stage"]
         self.labels_first = stage in self.setup.labels
@@ -430,9 +442,13 @@ class Run:
                 jobs["adabn"] = self.evaluator.adabn.remote(references["source_only"])
         try:
             found = {name: ray.get(job) for name, job in jobs.items()}
-            shown = ray.get(pictures)
         except ray.exceptions.RayError as error:
             raise _readable(error) from error
+        try:
+            shown = ray.get(pictures)
+        except ray.exceptions.RayError as error:  # scores are worth more than pictures
+            shown = []
+            self.watch("message", {"text": f"there are no pictures in the report: {last_line(error)}"})
         self.seconds["score"] = time.monotonic() - began
         label_free = {**found.pop("label_free"), "recommended_score": found.pop("recommended", None)}
         return found, label_free, shown

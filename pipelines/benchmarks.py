@@ -85,6 +85,8 @@ class Benchmark:
     shapes: Shapes
     bonnet: float = 0.0
     """Share of a target image's height, from below, that shows the camera's own car, which is no class."""
+    sure: float = 0.0
+    """Probability that a pseudo label must reach in the published MRNet runs (methods §3.2)."""
 
     @property
     def primary_protocol(self) -> str:
@@ -324,6 +326,7 @@ BENCHMARKS: dict[str, Published] = {
             protocols={"16": PROTOCOLS["16"], "13": PROTOCOLS["13"]},
             shapes=_city_shapes((1280, 720)),
             bonnet=_BONNET,
+            sure=0.9,
             source_folder=_SYNTHIA,
             target_folder=_CITYSCAPES,
             open_source=synthia.train,

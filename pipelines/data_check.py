@@ -123,14 +123,15 @@ def check(options: DataOptions, out: Path, progress: Callable[[str, int, int], N
     domains = open_data()
     scored = domains.validation
     apart = scored is not None and not set(scored.image_paths) <= set(domains.target.image_paths)
-    splits: dict[str, tuple[Split, Split | None]] = {
-        "source": (domains.source, domains.source),
-        "target": (domains.target, domains.target_labelled if apart or scored is None else scored),
+    known = [domains.target_labelled, None if apart else scored]
+    splits: dict[str, tuple[Split, list[Split]]] = {
+        "source": (domains.source, [domains.source]),
+        "target": (domains.target, [split for split in known if split is not None]),
     }
     if scored is not None and apart:
-        splits["validation"] = (scored, scored)
+        splits["validation"] = (scored, [scored])
     reports = tuple(_check_split(name, *split, progress) for name, split in splits.items())
-    with_labels = [labelled for _, labelled in splits.values() if labelled is not None]
+    with_labels = [labelled for _, several in splits.values() for labelled in several]
     try:
         overlays = tuple(_write_overlays(with_labels, pair.classes, out))
     except OSError as error:
@@ -167,19 +168,21 @@ def look(image_path: str, label_path: str | None, encoding: LabelEncoding | None
 
 
 def _check_split(
-    name: str, split: Split, labelled: Split | None, progress: Callable[[str, int, int], None]
+    name: str, split: Split, labelled: list[Split], progress: Callable[[str, int, int], None]
 ) -> DomainReport:
     """Read all images of a split, and the labels of those that have one."""
-    encoding = None if labelled is None else labelled.label_encoding
-    report = DomainReport(
-        name, 0 if labelled is None else len(labelled), encoding is not None and encoding.channel == "colour"
-    )
-    labels = {} if labelled is None else dict(zip(labelled.image_paths, labelled.label_paths or (), strict=True))
-    jobs = iter([(path, labels.get(path)) for path in split.image_paths])
+    labels = {
+        image: (label, some.label_encoding)
+        for some in labelled
+        for image, label in zip(some.image_paths, some.label_paths or (), strict=True)
+    }
+    colours = any(some.label_encoding is not None and some.label_encoding.channel == "colour" for some in labelled)
+    report = DomainReport(name, len(labels), colours)
+    jobs = iter([(path, *labels.get(path, (None, None))) for path in split.image_paths])
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         while chunk := list(islice(jobs, IN_FLIGHT)):
-            seen = pool.map(lambda job: look(job[0], job[1], encoding), chunk)
-            for (image, label), found in zip(chunk, seen, strict=True):
+            seen = pool.map(lambda job: look(*job), chunk)
+            for (image, label, _), found in zip(chunk, seen, strict=True):
                 report.add(label or image, found)
             progress(name, report.images, len(split))
     return report

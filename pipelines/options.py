@@ -15,14 +15,15 @@ from actors.errors import RunError
 from pipelines.choices import check_choices
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
+from pipelines.recipes.rectified import RectifiedOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-RECIPE_OPTIONS = ("eplc", "mrnet")
-"""Fields of :class:`AdaptOptions` that hold the options of a recipe."""
+RECIPE_OPTIONS: dict[str, type[Any]] = {"eplc": EplcOptions, "rectified": RectifiedOptions, "mrnet": MrnetOptions}
+"""Fields of :class:`AdaptOptions` that hold the options of a recipe, and their types."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class DataOptions:
     source: str | None = None
     """TOML file of a labelled source domain of your own, instead of a benchmark."""
     target: str | None = None
-    """TOML file of the target domain. Labels, if it has any, are scored on; the adapted network never sees them."""
+    """TOML file of the target domain. Labels, if it has any, are scored on, and learned from only if
+    --target-labels names them."""
     validation: str | None = None
     """TOML file of labelled target images to score on. Default: those of --target that have labels; with it, the
     labels of --target are the oracle's, where references are trained."""
@@ -73,7 +75,7 @@ class AdaptOptions(DataOptions):
     """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
 
     recipe: str = "eplc"
-    """Which system adapts: eplc or mrnet."""
+    """Which system adapts: eplc, rectified or mrnet."""
     steps: int | None = None
     """Total optimiser steps, instead of the preset's; every stage keeps its share."""
     batch: int | None = None
@@ -87,7 +89,8 @@ class AdaptOptions(DataOptions):
     """First stage to run, of a run that starts from the weights of the stage before (--init). --steps and the preset
     go on counting the stages that are left out."""
     pseudo_labels: str | None = None
-    """Parquet file of pseudo labels, from run.py labels, to learn from instead of teachers' labels."""
+    """Parquet file of pseudo labels, from run.py labels, to learn from instead of teachers' labels. They are taken as
+    they are: what selects or withholds labels in the recipe's options is not applied to them."""
     target_labels: str | None = None
     """Text file that names target images, one a line, whose labels are learned from, too (semi-supervised); they are
     not scored on."""
@@ -118,6 +121,8 @@ class AdaptOptions(DataOptions):
     """Serve the Ray dashboard on 127.0.0.1 while running."""
     eplc: EplcOptions = field(default_factory=EplcOptions)
     """Options of the recipe eplc."""
+    rectified: RectifiedOptions = field(default_factory=RectifiedOptions)
+    """Options of the recipe rectified."""
     mrnet: MrnetOptions = field(default_factory=MrnetOptions)
     """Options of the recipe mrnet."""
 
@@ -130,6 +135,8 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
         if not 0.1 <= self.scale <= 20:
             raise RunError(f"--scale is {self.scale}; give a factor from 0.1 to 20")
+        if self.pseudo_labels is not None and self.refresh == "continuous":
+            raise RunError("--pseudo-labels are one round that nobody makes anew; leave --refresh continuous out")
         if self.from_stage < 1:
             raise RunError(f"--from-stage is {self.from_stage}; stages are counted from 1")
         if self.from_stage > 1 and self.init is None:
@@ -198,10 +205,7 @@ def read_config(folder: str | Path) -> AdaptOptions:
         raise RunError(f"{folder} is no run directory: it has no config.toml. Give a folder that a run printed.")
     try:
         plain: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        nested: dict[str, Any] = {
-            "eplc": EplcOptions(**plain.pop("eplc", {})),
-            "mrnet": MrnetOptions(**plain.pop("mrnet", {})),
-        }
+        nested: dict[str, Any] = {name: kind(**plain.pop(name, {})) for name, kind in RECIPE_OPTIONS.items()}
         options = AdaptOptions(**plain, **nested)
     except (TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RunError(f"{path} cannot be read by this version: {error}") from error

@@ -40,7 +40,7 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
         RunError: the run has no checkpoint, or one of another network than its options say, or there is nothing to
             score on; or the results cannot be written.
     """
-    setup = resolve(options)
+    setup = resolve(options, to_train=False)
     folder = options.folder()
     check_same_classes(setup)
     step, weights = newest_weights(folder)

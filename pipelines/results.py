@@ -60,7 +60,11 @@ def assemble(
         "target_labels": 0 if setup.domains.few is None else len(setup.domains.few),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "student": {key: student[key] for key in ("images_per_s", "wait_share", "data_wait_share")},
-        "labels": {"read": student["labels_read"], "missing": student["labels_missing"]},
+        "labels": {
+            "read": student["labels_read"],
+            "missing": student["labels_missing"],
+            "given": setup.options.pseudo_labels is not None,
+        },
         "teachers": {
             key: teachers.get(key) for key in ("images_per_s", "idle_share", "labels_made", "teacher_failures")
         },

@@ -49,7 +49,7 @@ class Setup:
         plan: what the students run.
         references: plans of the runs that involve no method, by name; empty when none are wanted.
         cache: decoded images.
-        given: pseudo labels that the user gives instead of having teachers make them, or None.
+        makes: how the recipe makes pseudo labels, whether or not this run is given others; None where it makes none.
     """
 
     options: AdaptOptions
@@ -59,7 +59,16 @@ class Setup:
     plan: RunPlan
     references: dict[str, RunPlan]
     cache: DecodeCache
-    given: Table | None = None
+    makes: LabelPlan | None = None
+
+    def open_given(self) -> Table | None:
+        """The pseudo labels that the user gives instead of having teachers make them, or None.
+
+        Raises:
+            RunError: they cannot be read, or are of other classes or images.
+        """
+        path = self.options.pseudo_labels
+        return None if path is None else check_given(path, self.domains.target, self.benchmark.classes.names)
 
     @property
     def labels(self) -> dict[int, LabelPlan]:
@@ -106,20 +115,23 @@ class Setup:
         """Builds the showcase; picklable. It shows images that are scored on, or target images where there are none."""
         scored = self.domains.validation
         reader = self.target_reader if scored is None else SplitReader(scored, self.cache)
-        plans = [stage.labels for stage in self.plan.stages if stage.labels is not None]
         return partial(
             _showcase,
             self.plan.network,
             reader,
             scored is not None,
             self.preset,
-            plans[-1] if plans else None,
+            None if self.options.pseudo_labels is not None else self.makes,
             self.options.seed,
         )
 
 
-def resolve(options: AdaptOptions) -> Setup:
+def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     """Check the options and build the run; renders the miniature if it is not there yet.
+
+    Args:
+        options: of the run.
+        to_train: False where only its data and network are wanted: weights to start from need not be there any more.
 
     Raises:
         RunError: an option names something that does not exist or cannot work.
@@ -147,6 +159,7 @@ def resolve(options: AdaptOptions) -> Setup:
         num_classes=len(pair.classes.names),
         seed=options.seed,
         bonnet=pair.bonnet,
+        sure=pair.sure,
         faithful=options.faithful,
         refresh=options.resolved_refresh,
         source=_opener(domains.source, options.seed, "source", cache),
@@ -160,20 +173,19 @@ def resolve(options: AdaptOptions) -> Setup:
     if options.from_stage > len(stages):
         raise RunError(f"--from-stage is {options.from_stage}, but recipe {chosen.name} has {len(stages)} stages")
     whole = False
-    if options.init is not None:
+    if options.init is not None and to_train:
         with torch.device("meta"):
             whole = check_initial(options.init, build_network(size.network))
-    if options.from_stage > 1 and not whole:
+    if options.from_stage > 1 and to_train and not whole:
         raise RunError(f"--from-stage {options.from_stage} needs a whole network; {options.init} is a backbone alone")
     if whole and options.references == "always":
         raise RunError(
             "--references always trains source-only and oracle from the same start, and a whole network that has been "
             "trained before would make neither of them what it is called; leave it out, or start from a backbone"
         )
-    given = None
+    makes = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
     if options.pseudo_labels is not None:
         stages = with_given_labels(stages)
-        given = check_given(options.pseudo_labels, domains.target, pair.classes.names)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
     stages = stages[options.from_stage - 1 :]
@@ -188,7 +200,7 @@ def resolve(options: AdaptOptions) -> Setup:
     if options.references == "always" and domains.validation is None:
         raise RunError("--references always trains runs to be scored, and there are no labels to score on")
     references = _references(named, size, ingredients, plan) if wants_references(options) and not whole else {}
-    return Setup(named, pair, domains, size, plan, references, cache, given)
+    return Setup(named, pair, domains, size, plan, references, cache, makes)
 
 
 def choose_pair(options: DataOptions) -> tuple[Benchmark, Callable[[], Domains]]:

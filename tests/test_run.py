@@ -45,7 +45,7 @@ def refused(arguments, tmp_path, capsys):
     ("arguments", "known"),
     [
         (["--benchmark", "gta2moon"], "gta2city, synthia2city, city2robot"),
-        (["--recipe", "magic"], "eplc, mrnet"),
+        (["--recipe", "magic"], "eplc, rectified, mrnet"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(arguments, known, tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
         (["data", "check", "--benchmark", "gta2moon"], "gta2city, synthia2city, city2robot"),
         (["data", "check", "--source", "a.toml"], "--target"),
         (["data", "prepare", "--source", "a.toml", "--target", "b.toml"], "a.toml does not exist"),
-        (["data", "prepare", "--recipe", "magic"], "eplc, mrnet"),
+        (["data", "prepare", "--recipe", "magic"], "eplc, rectified, mrnet"),
     ],
 )
 def test_the_other_commands_refuse_what_cannot_work(arguments, text, tmp_path, monkeypatch, capsys):

@@ -30,7 +30,7 @@ Channel = Literal["index", "first of RGBA", "first of 16-bit RGB", "number", "co
 or 16-bit RGB one; `number`, whatever a single-channel image of any depth holds; `colour`, RGB as 0xRRGGBB."""
 
 
-_BROKEN = (
+BROKEN_FILE = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, OverflowError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -213,7 +213,7 @@ def image_size(path: str) -> Size | None:
     try:
         with Image.open(path) as image:
             return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
-    except _BROKEN:
+    except BROKEN_FILE:
         return None
 
 
@@ -221,7 +221,7 @@ def _orientation(image: Image.Image) -> int:
     """Its EXIF orientation; 1, upright, where it says nothing or nonsense. The pixels may be good all the same."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except _BROKEN:
+    except BROKEN_FILE:
         return 1
     return found if isinstance(found, int) else 1
 
@@ -288,5 +288,5 @@ def _guarded(path: str, decode: Callable[[], NDArray]) -> NDArray:
     """Run a decoder; whatever a broken file makes Pillow raise becomes `UnreadableImage`."""
     try:
         return decode()
-    except _BROKEN as error:
+    except BROKEN_FILE as error:
         raise UnreadableImage(path, f"{type(error).__name__}: {error}") from error

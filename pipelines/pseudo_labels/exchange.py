@@ -69,24 +69,24 @@ def export_labels(
     Raises:
         RunError: the folder is no run, makes no pseudo labels, has no checkpoint; or the labels cannot be written.
     """
-    setup = resolve(read_config(run))
+    setup = resolve(read_config(run), to_train=False)
     folder = Path(setup.plan.folder)
     check_same_classes(setup)
-    if not setup.labels:
+    plan = setup.makes  # also where the run itself was given others
+    if plan is None:
         raise RunError(f"recipe {setup.options.recipe} of {folder} makes no pseudo labels; export those of another run")
     target = setup.domains.target
     step, arrays = newest_weights(folder, weights)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    labeller = Labeller(setup.plan.network, setup.target_reader, setup.labels, setup.options.seed, device)
+    labeller = Labeller(setup.plan.network, setup.target_reader, {0: plan}, setup.options.seed, device)
     check_fits(labeller.network, arrays, folder)
     labeller.load(step, arrays)
-    stage, plan = max(setup.labels.items())
     done = Exchanged(Path(out).absolute(), step=step)
     with _readable_write_errors(done.out):
         if layout == "parquet":
             with open_table(done.out, setup.benchmark.classes.names) as table:
-                for item, _ in _labelled(setup, labeller, stage, plan, done, progress):
+                for item, _ in _labelled(setup, labeller, plan, done, progress):
                     table.add(item)
             return done
         chosen = LAYOUTS[layout]
@@ -96,14 +96,14 @@ def export_labels(
             for image_path, probabilities in _soft(setup, labeller, plan, device, done, progress):
                 chosen.write_soft(done.out, image_path, probabilities, ids)
             return done
-        for item, image_path in _labelled(setup, labeller, stage, plan, done, progress):
+        for item, image_path in _labelled(setup, labeller, plan, done, progress):
             assert item.confidence is not None
             chosen.write(done.out, image_path, item.label, item.confidence, ids, setup.benchmark.classes)
     return done
 
 
 def _labelled(
-    setup: Setup, labeller: Labeller, stage: int, plan: LabelPlan, done: Exchanged, progress: Progress
+    setup: Setup, labeller: Labeller, plan: LabelPlan, done: Exchanged, progress: Progress
 ) -> Iterator[tuple[PseudoLabel, str]]:
     """Every image that can be read, labelled and selected, with its path."""
     target, rows = setup.domains.target, plan.rule.layout.rows_per_block(len(setup.domains.target))
@@ -113,7 +113,7 @@ def _labelled(
         blocks = []
         for chunk, start in enumerate(range(0, len(target), rows)):
             stop = min(start + rows, len(target))
-            header, block = labeller.label(stage, chunk, start, stop, done.step)
+            header, block = labeller.label(0, chunk, start, stop, done.step)
             histogram += header.histogram
             done.skipped += [f"cannot read {path}" for path in header.skipped]
             blocks.append(Path(waiting) / f"{chunk}.arrow")

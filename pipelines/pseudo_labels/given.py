@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from actors.errors import RunError
-from actors.label_rounds import write_round
+from actors.label_rounds import write_blocks
 from actors.protocols import LabelPlan, StagePlan
 from actors.records import encode
 from actors.staleness import StalenessPolicy
@@ -88,18 +89,21 @@ def write_given_round(table: Table, target: Split, plan: LabelPlan, rows: int, f
     """
     layout = plan.rule.layout
     height, width = dict(layout.columns)["label"]
-    histogram, blocks, missing = np.zeros((layout.num_classes, 256), np.int64), [], 0
-    for start in range(0, len(target), rows):
-        ids, columns, pixels = target.image_ids[start : start + rows], [], []
-        for image_id in ids:
-            label, confidence = _sized(table, image_id, (width, height))
-            missing += image_id not in table
-            columns.append({"label": label, "confidence": confidence})
-            pixels.append(np.bincount(label.reshape(-1), minlength=256)[: layout.num_classes])
-            histogram += confidence_histogram(label, confidence, layout.num_classes)
-        blocks.append(encode(layout, ids, columns, pixels, weights_version=BEFORE_THE_RUN, made_at_step=BEFORE_THE_RUN))
+    histogram = np.zeros((layout.num_classes, 256), np.int64)
+
+    def blocks() -> Iterator[pa.Table]:
+        for start in range(0, len(target), rows):
+            ids, columns, pixels = target.image_ids[start : start + rows], [], []
+            for image_id in ids:
+                label, confidence = _sized(table, image_id, (width, height))
+                columns.append({"label": label, "confidence": confidence})
+                pixels.append(np.bincount(label.reshape(-1), minlength=256)[: layout.num_classes])
+                np.add(histogram, confidence_histogram(label, confidence, layout.num_classes), out=histogram)
+            yield encode(layout, ids, columns, pixels, weights_version=BEFORE_THE_RUN, made_at_step=BEFORE_THE_RUN)
+
+    missing = sum(image_id not in table for image_id in target.image_ids)
     try:
-        return Round(write_round(folder, histogram, *blocks), missing)
+        return Round(write_blocks(folder, blocks(), lambda: histogram), missing)
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"the given labels cannot be written to {folder}: {error}") from error
 

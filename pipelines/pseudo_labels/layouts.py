@@ -6,7 +6,6 @@ A folder layout names a label's file by its image's: ``{city}`` is the folder th
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from actors.errors import UnreadableImage
+from actors.errors import RunError, UnreadableImage
 from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
-from pipelines.datasets.dataset import image_size
+from pipelines.datasets.dataset import BROKEN_FILE, image_size
 
 FolderLayout = Literal["mrnet", "eplc", "eplc-min", "proda", "proda-soft", "fada", "bisenet"]
 FileLayout = Literal["parquet", FolderLayout]
 
 VOTES = 4
 """The published EPLC generator stores sums over four views (Q-EP-4); we store means and read both."""
-
-
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,15 @@ class Layout:
     soft: bool = False
 
     def ids(self, num_classes: int, protocol: Sequence[int]) -> Ids:
-        """Its numbers for a benchmark."""
-        return Ids(tuple(protocol) if self.contiguous else tuple(range(num_classes)), self.withheld)
+        """Its numbers for a benchmark.
+
+        Raises:
+            RunError: there are more classes than it has numbers.
+        """
+        train_ids = tuple(protocol) if self.contiguous else tuple(range(num_classes))
+        if len(train_ids) > self.withheld:
+            raise RunError(f"this layout numbers {self.withheld} classes, and there are {len(train_ids)}; use parquet")
+        return Ids(train_ids, self.withheld)
 
     def path(self, folder: Path, image_path: str, template: str | None = None) -> Path:
         """Where the label of an image lies, or another of its files."""
@@ -175,7 +178,7 @@ class Layout:
                     raise ValueError(f"labels are gray or palette images, this one has mode {image.mode}")
                 label = ids.read(np.asarray(image))
             return label, self._read_confidence(folder, image_path, label)
-        except _BROKEN as error:
+        except BROKEN_FILE as error:
             raise UnreadableImage(str(path), str(error)) from error
 
     def _read_confidence(self, folder: Path, image_path: str, label: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
@@ -183,9 +186,7 @@ class Layout:
         path = None if template is None else self.path(folder, image_path, template)
         if path is None or not path.is_file():
             return None
-        with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            share: NDArray[np.float32] = np.asarray(loaded["prob"] if self.probability else loaded, np.float32)
+        share = _loaded(path, "prob" if self.probability else None)
         if share.shape != label.shape:
             raise ValueError(f"its confidence {path.name} is {share.shape}, the label {label.shape}")
         if self.probability is not None and share.max(initial=0) > 1:
@@ -193,10 +194,23 @@ class Layout:
         return _in_steps(share)
 
 
+def _loaded(path: Path, name: str | None = None) -> NDArray[np.float32]:
+    """An array from an NPY file, or one of an NPZ file, as float32.
+
+    Raises:
+        ValueError: it is broken. A damaged header makes NumPy raise almost anything.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = np.load(file, allow_pickle=False)
+            return np.asarray(found if name is None else found[name], np.float32)
+    except Exception as error:
+        raise ValueError(f"{path.name}: {type(error).__name__}: {error}") from error
+
+
 def _read_soft(path: Path, ids: Ids) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    with open(path, "rb") as file:
-        probabilities = np.load(file, allow_pickle=False)
-    if probabilities.ndim != 3 or len(probabilities) != len(ids.train_ids):
+    probabilities = _loaded(path)
+    if probabilities.ndim != 3 or len(probabilities) != len(ids.train_ids) or not probabilities.size:
         raise ValueError(f"soft labels are {len(ids.train_ids)}×h×w, this one is {probabilities.shape}")
     return ids.read(probabilities.argmax(0).astype(np.uint8)), _in_steps(probabilities.max(0))
 

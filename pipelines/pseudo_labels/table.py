@@ -86,6 +86,8 @@ def open_table(path: Path, classes: Sequence[str]) -> Iterator[TableWriter]:
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
+    if path.is_dir():
+        raise IsADirectoryError(21, "it is a folder; give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -121,7 +123,7 @@ class Table:
                 self._places |= {image_id: (group, row) for row, image_id in enumerate(ids)}
         except KeyError as error:
             raise RunError(f"{path} does not name its classes; write it with run.py labels export or import") from error
-        except (OSError, ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise RunError(f"{path} cannot be read as a Parquet file of pseudo labels: {error}") from error
         self._held: tuple[int, pa.Table] | None = None
 
@@ -143,7 +145,10 @@ class Table:
         if place is None:
             return None
         if self._held is None or self._held[0] != place[0]:
-            self._held = place[0], self._file.read_row_group(place[0])
+            try:
+                self._held = place[0], self._file.read_row_group(place[0])
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise RunError(f"{self.path} is damaged where the label of {image_id} is: {error}") from error
         row = self._held[1].slice(place[1], 1).to_pylist()[0]
         shape = row["height"], row["width"]
         try:

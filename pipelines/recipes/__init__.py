@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from actors.errors import RunError
-from pipelines.recipes import eplc, mrnet
+from pipelines.recipes import eplc, mrnet, rectified
 from pipelines.recipes.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (eplc.RECIPE, mrnet.RECIPE)}
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (eplc.RECIPE, rectified.RECIPE, mrnet.RECIPE)}
 
 
 def recipe(name: str) -> Recipe:

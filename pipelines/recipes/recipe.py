@@ -146,6 +146,7 @@ class Ingredients:
         num_classes: outputs of the network.
         seed: of the run.
         bonnet: share of a target image's height, from below, that shows the camera's own car.
+        sure: probability that a pseudo label of the published MRNet runs must reach.
         faithful: reproduce the published behaviour where the default differs.
         refresh: ``once`` or ``continuous``.
         source: opens the labelled source stream at a base size with a view.
@@ -158,6 +159,7 @@ class Ingredients:
     num_classes: int
     seed: int
     bonnet: float
+    sure: float
     faithful: bool
     refresh: Literal["once", "continuous"]
     source: Callable[[Size, View], Stream]

@@ -26,6 +26,7 @@ WIDTH = 4.7
 """Inches; 72 of an inch's points are as many CSS pixels."""
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f1f5f9", "#93c5fd", "#2563eb", "#172554"])
 MOST_COLUMNS = 48
+LONGEST_TICK = 18
 NAMED_CLASSES = 48
 """More classes than this get no name beside a matrix: the letters would lie on top of each other."""
 
@@ -118,9 +119,11 @@ def class_heat(
     if not steps:
         return None
     values = np.array([[np.nan if cell is None else cell for cell in row] for row in rows], np.float64).T
-    seen = [i for i in range(len(values)) if np.nanmax(np.append(values[i], 0.0)) > 0][:NAMED_CLASSES]
+    seen = [i for i in range(len(values)) if np.nanmax(np.append(values[i], 0.0)) > 0]
     if not seen:
         return None
+    if len(seen) > NAMED_CLASSES:
+        seen, unit = seen[:NAMED_CLASSES], f"{unit} (the first {NAMED_CLASSES} of {len(seen)})"
     columns = np.unique(np.linspace(0, len(steps) - 1, min(MOST_COLUMNS, len(steps))).round().astype(int))
     shown, at = values[seen][:, columns], [steps[i] for i in columns]
     with mpl.rc_context(STYLE):
@@ -130,7 +133,7 @@ def class_heat(
         image = axes.imshow(
             np.ma.masked_invalid(shown), aspect="auto", cmap=HEAT, norm=PowerNorm(gamma, 0, max(1e-9, np.nanmax(shown)))
         )
-        axes.set_yticks(range(len(seen)), [names[i] for i in seen], fontsize=8)
+        axes.set_yticks(range(len(seen)), [_tick(names[i]) for i in seen], fontsize=8)
         ticks = np.unique(np.linspace(0, len(at) - 1, min(5, len(at))).round().astype(int))
         axes.set_xticks(ticks, [str(at[i]) for i in ticks])
         axes.set_xlabel("step")
@@ -157,8 +160,9 @@ def confusion_matrix(matrix: NDArray[np.int64], names: Sequence[str]) -> str | N
         axes.imshow(shares, cmap=HEAT, vmin=0, vmax=1)
         if len(present) <= NAMED_CLASSES:
             size = 8 if len(present) <= 24 else 5
-            axes.set_xticks(range(len(present)), [names[i] for i in present], rotation=90, fontsize=size)
-            axes.set_yticks(range(len(present)), [names[i] for i in present], fontsize=size)
+            ticks = [_tick(names[i]) for i in present]
+            axes.set_xticks(range(len(present)), ticks, rotation=90, fontsize=size)
+            axes.set_yticks(range(len(present)), ticks, fontsize=size)
         if len(present) <= 24:
             for row, column in np.argwhere(shares >= 0.05):
                 ink = "white" if shares[row, column] > 0.45 else "#0f172a"
@@ -166,6 +170,11 @@ def confusion_matrix(matrix: NDArray[np.int64], names: Sequence[str]) -> str | N
                 axes.text(column, row, text, ha="center", va="center", fontsize=6, color=ink)
         axes.set_title("label (rows) taken for (columns), % of the row", loc="left", fontsize=9)
         return _svg(figure, "confusion matrix")
+
+
+def _tick(name: str) -> str:
+    """A class's name beside a matrix: cut, and with its dollars as they are."""
+    return (name if len(name) <= LONGEST_TICK else name[: LONGEST_TICK - 1] + "…").replace("$", r"\$")
 
 
 def _cycle(count: int) -> list[str]:

@@ -83,7 +83,7 @@ def write_report(folder: str | Path) -> Path:
         legend=[(description.classes.names[i], _hex(description.classes, i)) for i in gallery.classes],
         charts={
             name: svg and Markup(svg)  # our own, not a user's text
-            for name, svg in _charts(folder, history, results, description.classes).items()
+            for name, svg in _charts(folder, history, results, description.classes, options.pseudo_labels).items()
         },
         label_free=results.get("label_free") or {},
         signals=SIGNALS,
@@ -156,8 +156,11 @@ def _data_uri(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _charts(folder: Path, history: History, results: dict[str, Any], classes: ClassSet) -> dict[str, str | None]:
+def _charts(
+    folder: Path, history: History, results: dict[str, Any], classes: ClassSet, given: str | None
+) -> dict[str, str | None]:
     names, stages = classes.names, history.stages()
+    made = given is None  # labels from before the run have no age, and nobody selects among them
     drawn = {
         "loss": charts.curves(
             {name.removeprefix("loss/"): history.curve("train", name) for name in history.names("train", "loss/")},
@@ -167,10 +170,12 @@ def _charts(folder: Path, history: History, results: dict[str, Any], classes: Cl
         "score": _score_chart(history, results),
         "signals": charts.curves({name: history.curve("signals", name) for name in SIGNALS}, "share", stages=stages),
         "age": charts.curves(
-            {name: history.curve("train", f"label_age_steps_{name}") for name in ("p50", "p95")}, "steps"
+            {name: history.curve("train", f"label_age_steps_{name}") for name in ("p50", "p95") if made}, "steps"
         ),
         "acceptance": charts.class_heat(
-            *history.rows("teachers", "acceptance"), names, "accepted share of the pixels taken for each class"
+            *(history.rows("teachers", "acceptance") if made else ([], [])),
+            names,
+            "accepted share of the pixels taken for each class",
         ),
         "shares": charts.class_heat(
             *history.rows("teachers", "class_shares"), names, "share of each class among accepted pixels", gamma=0.4
@@ -197,24 +202,22 @@ def _label_facts(results: dict[str, Any], history: History, given: str | None) -
     ages, teachers = results.get("label_age_steps") or {}, results.get("teachers") or {}
     if ages.get("p50") is None:
         return []
-    read, missing = results["labels"]["read"], results["labels"]["missing"]
-    last = history.of("teachers")[-1] if history.of("teachers") else {}
+    read, missing, student = results["labels"]["read"], results["labels"]["missing"], results["student"]
     facts = [
-        ("label age, steps", f"p50 {ages['p50']}, p95 {ages['p95']}, max {ages['max']}"),
-        ("waiting for labels", f"{results['student']['wait_share']:.2%} of the student's time"),
+        ("waiting for labels", f"{student['wait_share']:.2%} of the student's time"),
         ("labels read", f"{read:,}, and {missing:,} times there was none yet"),
     ]
     if given is not None:
         return [*facts, ("given by the user", given)]
-    facts += [
-        ("labels made", f"{teachers['labels_made']:,}"),
-        (
-            "speed",
-            f"teachers {teachers['images_per_s']:.1f}, student {results['student']['images_per_s']:.1f} images/s",
-        ),
-        ("teachers idle", f"{teachers['idle_share']:.0%}"),
-        ("teacher failures", str(teachers["teacher_failures"])),
-    ]
+    facts.insert(0, ("label age, steps", f"p50 {ages['p50']}, p95 {ages['p95']}, max {ages['max']}"))
+    if teachers.get("labels_made") is not None:
+        facts += [
+            ("labels made", f"{teachers['labels_made']:,}"),
+            ("speed", f"teachers {teachers['images_per_s']:.1f}, student {student['images_per_s']:.1f} images/s"),
+            ("teachers idle", f"{teachers['idle_share']:.0%}"),
+            ("teacher failures", str(teachers["teacher_failures"])),
+        ]
+    last = history.of("teachers")[-1] if history.of("teachers") else {}
     if last.get("blocks_collapsed"):
         facts.append(("refused, classes collapsed", f"{last['blocks_collapsed']} blocks of labels"))
     return facts

@@ -450,6 +450,18 @@ class SteepAtZero(TinyObjective):
         return terms
 
 
+def test_weights_that_break_at_the_end_of_a_stage_are_mended_while_it_lasts(tmp_path):
+    """The next stage's optimiser and objective are others; the state of this one does not fit them."""
+    seen, link = [], FakeLink()
+    first = stage(seen, "first", steps=4, objective=partial(SteepAtZero, at=3))
+    second = stage(seen, "second", steps=4, ema_decay=0.5)
+    made = student(run_plan(tmp_path, [first, second], checkpoint_every=2), link)
+    assert made.run()["step"] == 8
+    (said,) = (text for text in link.said if "no finite number" in text)
+    assert "at step 4: student and teacher go back to their weights of step 2 " in said
+    assert all(tensor.isfinite().all() for tensor in made.network.state_dict().values())
+
+
 @pytest.mark.parametrize("at", [3, 11])
 def test_weights_that_are_no_numbers_are_never_saved_though_their_loss_was_one(tmp_path, at):
     link = FakeLink()

@@ -1,3 +1,4 @@
+import json
 import signal
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import torch
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, UnreadableImage
 from actors.student import Student
+from pipelines import adapt as adapt_module
 from pipelines.adapt import Interrupt, Run, RunningSums, _readable, stop_on_interrupt
 from pipelines.cluster import Shares
 from tests.actors.fakes import FakeLink, label_plan, run_plan, stage
@@ -120,7 +122,6 @@ def watched(tmp_path, monkeypatch, started):
         make_watcher=lambda: None,
         make_showcase=lambda: None,
         target_reader=None,
-        given=None,
         domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
     run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {})
@@ -217,7 +218,7 @@ def test_without_target_labels_signals_are_measured_and_nothing_is_scored(watche
 
 
 def test_with_given_labels_there_are_no_teachers_either(watched, started):
-    watched.setup.given = "a table"
+    watched.given = "a table"
     watched._look()
     assert names(started) == ["Evaluator"]
 
@@ -260,7 +261,7 @@ def test_failed_calls_and_collapsed_weights_are_told_once(watched):
 
 
 def test_collapsed_labels_that_are_believed_are_told_once(watched):
-    for believed in (0, 2, 3, 9):
+    for believed in (0, 1, 1, 1):
         watched.bank = Actor(status=status(collapses_believed=believed))
         watched._look()
     told = [what for name, *what in watched.run_log.told if name == "say"]
@@ -327,3 +328,42 @@ def test_a_last_step_that_was_not_saved_is_not_scored(watched, saved):
         CheckpointStore(f"{watched.setup.plan.folder}/checkpoints").save(saved, {"step": saved})
     with pytest.raises(RunError, match=r"last step could not be saved, .* --resume"):
         watched._score({})
+
+
+def test_a_resumed_run_stands_at_the_step_of_its_checkpoint(watched, tmp_path):
+    """Its first words about teachers would else be written at step 0, before all others."""
+    CheckpointStore(tmp_path / "checkpoints").save(8, {"step": 8, "stage": 0, "bank": {}})
+    watched.bank = None
+    watched._reopen_round()
+    watched.run_log.answers["watch"]["newest"] = {}
+    watched._look()
+    assert watched.step == 8
+
+
+def finished(watched, monkeypatch, tmp_path, shown):
+    """What `_results` writes for a run of which everything but the last steps is fake."""
+    monkeypatch.setattr(
+        watched, "_score", lambda _: ({"adapted": {"confusion": [[1]]}}, {"recommended_score": None}, shown)
+    )
+    watched.setup.benchmark = SimpleNamespace(classes=SimpleNamespace(names=("one",)))
+    told = {}
+    monkeypatch.setattr(
+        adapt_module, "assemble", lambda setup, scores, student, teachers, *_, **__: told.update(teachers) or told
+    )
+    return watched._results({}, {}), json.loads((tmp_path / "results.json").read_text())
+
+
+def test_after_a_resume_at_the_end_the_words_of_the_teachers_are_those_in_the_metrics(watched, monkeypatch, tmp_path):
+    lines = [{"kind": "teachers", "step": step, "labels_made": made} for step, made in ((5, 40), (9, 80))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, results = finished(watched, monkeypatch, tmp_path, [])
+    assert results["labels_made"] == 80
+
+
+def test_pictures_that_cannot_be_written_cost_no_result(watched, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adapt_module, "write_gallery", full)
+    finished(watched, monkeypatch, tmp_path, ["a picture"])
+    assert ("message", {"text": "the pictures cannot be written: No space left on device"}) in watched.told

@@ -104,6 +104,18 @@ def test_every_target_image_is_read_whether_it_has_a_label_or_not(tmp_path):
         assert "5.jpg" in said
 
 
+def test_labels_that_are_learned_from_are_checked_though_only_some_of_them_are_scored_on(tmp_path):
+    source, target = write_own_data(tmp_path)
+    part = tmp_path / "target" / "part.toml"
+    part.write_text('images = "photos/1*.jpg"\nlabels = "masks/1*.png"\n')
+    Image.new("L", (9, 7), 200).save(tmp_path / "target" / "masks" / "5.png")
+    options = DataOptions(source=source, target=target, validation=str(part))
+    report = check(options, tmp_path / "out", lambda *_: None)
+    assert [domain.name for domain in report.domains] == ["source", "target"]
+    assert report.domains[1].labelled == 8
+    assert len(report.mistakes) == 2
+
+
 def test_overlays_that_cannot_be_written_are_a_sentence(tmp_path):
     source, target = write_own_data(tmp_path)
     (tmp_path / "taken").write_text("a file")

@@ -8,14 +8,17 @@ import torch
 from actors.checkpoints import snapshot
 from actors.errors import RunError
 from actors.protocols import Batch, ObjectiveContext, StepInfo
-from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.losses import memory_regularisation, rectified_terms
+from models.networks.deeplab import DeepLab, DeepLabConfig, upsample_logits
 from pipelines.benchmarks import benchmark
 from pipelines.recipes import RECIPES, recipe
-from pipelines.recipes.eplc import EplcOptions, RectifiedObjective
+from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.few_labels import FewLabelsObjective, with_few_labels
 from pipelines.recipes.mrnet import AlignmentObjective, MrnetOptions
 from pipelines.recipes.optimisation import sgd
 from pipelines.recipes.recipe import Ingredients, preset
+from pipelines.recipes.rectified import RectifiedOptions
+from pipelines.recipes.self_training import SelfTrainingObjective
 from pipelines.recipes.supervised import SegmentationTerm, SupervisedObjective, reference_stages
 
 CLASSES = 5
@@ -50,6 +53,7 @@ def ingredients(size, bench="gta2city", **more):
         "num_classes": len(pair.classes.names),
         "seed": 3,
         "bonnet": pair.bonnet,
+        "sure": pair.sure,
         "faithful": False,
         "refresh": "continuous",
         "source": Opener("source"),
@@ -266,7 +270,7 @@ def test_impossible_options_of_stage_one_are_refused(bad):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(RunError, match="unknown recipe 'magic'; known are eplc, mrnet"):
+    with pytest.raises(RunError, match="unknown recipe 'magic'; known are eplc, rectified, mrnet"):
         recipe("magic")
     with pytest.raises(RunError, match="no preset 'huge'; known are full, mini, tiny"):
         preset("huge", benchmark("gta2city"))
@@ -340,7 +344,7 @@ def alignment():
 
 
 def rectified(**options):
-    return RectifiedObjective(SegmentationTerm(CLASSES), CROP, replace(EplcOptions(), **options), CONTEXT)
+    return SelfTrainingObjective(SegmentationTerm(CLASSES), CROP, replace(EplcOptions(), **options), CONTEXT)
 
 
 def total(terms):
@@ -504,3 +508,52 @@ def test_what_the_other_objective_learns_is_still_learned_and_kept():
     assert set(one.learn(info())) == {"discriminator/aux", "discriminator/main"}
     other.load_state_dict(snapshot(one.state_dict()))
     torch.testing.assert_close(one.state_dict(), other.state_dict())
+
+
+def test_the_rectified_recipe_labels_once_a_view_and_takes_the_published_threshold():
+    """Methods §3.2: four views, no dropout, 3.6 of 4 from SYNTHIA and no threshold otherwise."""
+    for bench, threshold in (("gta2city", 0.0), ("synthia2city", 0.9), ("city2robot", 0.0)):
+        _, second = stages("rectified", RectifiedOptions(), bench=bench, faithful=True)
+        rule = second.labels.rule
+        assert (rule.passes, rule.dropout, rule.keep, rule.threshold) == (1, 0.0, "mean", threshold)
+        assert second.labels.selection is None
+        assert set(second.streams) == {"target"}
+        assert (second.dropout, second.ema_decay, rule.ignore_bottom) == (0.2, None, 0.0)
+    _, second = stages("rectified", RectifiedOptions(threshold=0.7), bench="synthia2city")
+    assert (second.labels.rule.threshold, second.labels.rule.ignore_bottom) == (0.7, 0.23)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"threshold": 1.5}, {"memory": -1.0}, {"loss": "magic"}, {"divergence": "magic"}], ids=str
+)
+def test_impossible_options_of_the_second_stage_are_refused(bad):
+    with pytest.raises(RunError, match=next(iter(bad))):
+        RectifiedOptions(**bad)
+
+
+def test_the_plain_loss_is_the_supervised_one_of_stage_one_on_pseudo_labels_with_its_memory_term():
+    """Methods §3.3, "MRNet+Pseudo"."""
+    given, made = batch(source=False), network()
+    objective = rectified(loss="plain", mixing="none", source_weight=0.0)
+    torch.manual_seed(4)
+    found = objective.losses(made, given, info())
+    term = SegmentationTerm(CLASSES)
+    torch.manual_seed(4)
+    logits = made(given.target)
+    supervised = term.of_logits(logits, given.pseudo_label, term.balance(CROP, CONTEXT))
+    enlarged = upsample_logits(logits, (CROP[1], CROP[0]))
+    expected = {"loss/pseudo": supervised, "loss/memory": 0.1 * memory_regularisation(enlarged)}
+    torch.testing.assert_close(found, expected)
+    unweighted = replace(given, pseudo_weight=torch.zeros(2))
+    assert objective.losses(made, unweighted, info())["loss/pseudo"].item() == 0.0
+
+
+@pytest.mark.parametrize("divergence", ["published", "main_to_aux", "aux_to_main", "squared"])
+def test_the_rectified_loss_takes_the_divergence_that_it_is_told(divergence):
+    given, made = batch(source=False), network().eval()
+    options = {"mixing": "none", "source_weight": 0.0, "normalise_weights": False}
+    found = rectified(divergence=divergence, **options).losses(made, given, info())
+    logits = upsample_logits(made(given.target), (CROP[1], CROP[0]))
+    weights = SegmentationTerm(CLASSES).balance(CROP, CONTEXT)(given.pseudo_label)
+    expected = rectified_terms(logits, given.pseudo_label, weights, divergence=divergence)
+    assert total(found).item() == pytest.approx(expected.total().item(), rel=1e-5)

@@ -44,7 +44,7 @@ def test_a_run_takes_them_as_one_round_and_selects_no_further(options, tmp_path)
     ((_, plan),) = setup.labels.items()
     assert plan.policy.refresh == "once"
     assert plan.selection is None
-    assert setup.given.image_ids == ("photos/0.jpg",)
+    assert setup.open_given().image_ids == ("photos/0.jpg",)
 
 
 def test_the_round_has_the_runs_own_size_blocks_and_order(options, tmp_path):
@@ -52,7 +52,7 @@ def test_the_round_has_the_runs_own_size_blocks_and_order(options, tmp_path):
     setup = resolve(options(table(tmp_path / "x.parquet", items)))
     ((stage, plan),) = setup.labels.items()
     rows = setup.label_rows()[stage]
-    made = write_given_round(setup.given, setup.domains.target, plan, rows, str(tmp_path / "round"))
+    made = write_given_round(setup.open_given(), setup.domains.target, plan, rows, str(tmp_path / "round"))
     assert made.missing == 2
     headers, *blocks = read_round(made.path, -(-8 // rows))
     found = {image_id: decode(b, i) for b in blocks for i, image_id in enumerate(b.column("image_id").to_pylist())}
@@ -79,7 +79,7 @@ def test_the_round_has_the_runs_own_size_blocks_and_order(options, tmp_path):
 )
 def test_labels_of_something_else_are_refused_before_anything_starts(options, tmp_path, items, names, message):
     with pytest.raises(RunError, match=message):
-        resolve(options(table(tmp_path / "x.parquet", items, names)))
+        resolve(options(table(tmp_path / "x.parquet", items, names))).open_given()
 
 
 def test_a_recipe_that_takes_no_pseudo_labels_says_so(options, tmp_path):
@@ -90,4 +90,15 @@ def test_a_recipe_that_takes_no_pseudo_labels_says_so(options, tmp_path):
 def test_a_damaged_file_is_refused(options, tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(RunError, match="cannot be read as a Parquet file"):
-        resolve(options(str(tmp_path / "x.parquet")))
+        resolve(options(str(tmp_path / "x.parquet"))).open_given()
+
+
+def test_given_labels_are_one_round_whatever_the_refresh_says(options, tmp_path):
+    with pytest.raises(RunError, match="leave --refresh continuous out"):
+        options(table(tmp_path / "x.parquet", [label(0)]), refresh="continuous")
+
+
+def test_a_run_that_was_given_labels_still_knows_how_its_recipe_makes_them(options, tmp_path):
+    setup = resolve(options(table(tmp_path / "x.parquet", [label(0)])))
+    assert setup.makes.selection is not None
+    assert setup.make_showcase().args[4] is None  # no rule of this run made the labels that it learned from

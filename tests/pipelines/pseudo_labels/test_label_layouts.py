@@ -1,12 +1,13 @@
 """File names and contents are those of methods §2.1, written out by hand."""
 
+import contextlib
 from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from actors.errors import UnreadableImage
+from actors.errors import RunError, UnreadableImage
 from pipelines.datasets.classes import CITYSCAPES_19, PROTOCOLS
 from pipelines.pseudo_labels.layouts import LAYOUTS, FolderLayout
 
@@ -159,3 +160,30 @@ def test_a_colour_picture_is_no_label_and_a_confidence_of_another_size_is_refuse
     np.save(tmp_path / f"{STEM}_conf.npy", np.zeros((3, 3), np.float16))
     with pytest.raises(UnreadableImage, match=r"its confidence .*_conf\.npy is \(3, 3\), the label \(32, 48\)"):
         LAYOUTS["proda"].read(tmp_path, image, ids("proda"))
+
+
+def test_a_layout_with_too_few_numbers_says_so():
+    assert LAYOUTS["proda"].ids(250, range(250)).train_ids == tuple(range(250))
+    with pytest.raises(RunError, match="numbers 250 classes, and there are 255; use parquet"):
+        LAYOUTS["proda"].ids(255, range(255))
+
+
+def test_confidences_and_soft_labels_with_any_byte_turned_never_end_an_import(tmp_path, image):
+    write("eplc", tmp_path, image, *label())
+    LAYOUTS["proda-soft"].write_soft(tmp_path, image, np.ones((19, 5, 7), np.float32), ids("proda-soft"))
+    for name, template in (("eplc", f"aachen/{STEM}.npz"), ("proda-soft", f"{STEM}.npy")):
+        path = tmp_path / template
+        content = path.read_bytes()
+        other = (tmp_path / f"{STEM}.npy" if name == "eplc" else tmp_path / f"aachen/{STEM}.npz").read_bytes()
+        turned = [content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :] for i in range(0, len(content), 3)]
+        for damaged in (*turned, other, b""):
+            path.write_bytes(damaged)
+            with contextlib.suppress(UnreadableImage):
+                LAYOUTS[name].read(tmp_path, image, ids(name))
+        path.write_bytes(content)
+
+
+def test_an_empty_soft_label_is_unreadable(tmp_path, image):
+    np.save(tmp_path / f"{STEM}.npy", np.zeros((16, 0, 0), np.float32))
+    with pytest.raises(UnreadableImage):
+        LAYOUTS["proda-soft"].read(tmp_path, image, ids("proda-soft"))

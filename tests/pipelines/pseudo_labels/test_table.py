@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -93,5 +95,24 @@ def test_another_parquet_file_is_refused(tmp_path):
         Table(tmp_path / "x.parquet")
     with pytest.raises(RunError, match="does not name its classes"):
         Table(raw(tmp_path, metadata={"other": "x"}))
-    with pytest.raises(RunError, match="cannot be read"):
-        Table(raw(tmp_path, metadata={"classes": "{["}))
+    for classes in ("{[", "7"):
+        with pytest.raises(RunError, match="cannot be read"):
+            Table(raw(tmp_path, metadata={"classes": classes}))
+
+
+def test_a_damaged_page_is_a_sentence(tmp_path):
+    written(tmp_path / "labels.parquet", [item(i, size=(60, 40)) for i in range(3)])
+    content = bytearray((tmp_path / "labels.parquet").read_bytes())
+    for place in range(200, len(content) // 2, 97):
+        damaged = bytearray(content)
+        damaged[place] ^= 0xFF
+        (tmp_path / "x.parquet").write_bytes(damaged)
+        with contextlib.suppress(RunError):
+            table = Table(tmp_path / "x.parquet")
+            for image_id in table.image_ids:
+                table.get(image_id)
+
+
+def test_a_folder_is_no_file_to_write_to(tmp_path):
+    with pytest.raises(IsADirectoryError), open_table(tmp_path, CLASSES):
+        pass

@@ -53,6 +53,7 @@ def test_hundreds_of_steps_and_classes_stay_one_small_chart():
     rows = np.random.default_rng(0).random((700, 255))
     svg = charts.class_heat(list(range(700)), rows.tolist(), [f"class {i}" for i in range(255)], "share")
     assert sum(text.startswith("class ") for text in texts(svg)) == charts.NAMED_CLASSES
+    assert "share (the first 48 of 255)" in texts(svg)
     assert len(svg) < 100_000
 
 
@@ -69,3 +70,12 @@ def test_a_matrix_of_many_classes_has_no_names_and_an_empty_one_is_no_chart():
     found = texts(charts.confusion_matrix(np.ones((255, 255), np.int64), names))
     assert not [text for text in found if text in names]
     assert charts.confusion_matrix(np.zeros((3, 3), np.int64), names[:3]) is None
+
+
+@pytest.mark.parametrize("name", ["price $_$", "$x^$", "US$ and A$", "$\\x$", '<b>&"', "a very long name of a class"])
+def test_any_class_name_is_drawn_as_it_is_and_a_long_one_is_cut(name):
+    for svg in (
+        charts.confusion_matrix(np.eye(2, dtype=np.int64), [name, "b"]),
+        charts.class_heat([1, 2], [[0.5, 0.5], [0.2, 0.1]], [name, "b"], "share"),
+    ):
+        assert (name if len(name) <= 18 else "a very long name …") in texts(svg)

@@ -146,6 +146,15 @@ def test_given_labels_are_named_and_no_teacher_is_spoken_of(folder):
     text = spaced(written(folder))
     assert "given by the user /data/labels.parquet" in text
     assert "teachers idle" not in text
+    assert "Age of the pseudo labels" not in text
+    assert "Of the pixels that the teachers take" not in text
+
+
+def test_a_run_that_was_resumed_after_its_last_step_has_no_words_of_its_teachers(folder):
+    write_json(folder / "results.json", {**RESULTS, "teachers": dict.fromkeys(RESULTS["teachers"])})
+    text = spaced(written(folder))
+    assert "p50 52, p95 76, max 105" in text
+    assert "labels made" not in text
 
 
 def test_a_run_that_was_stopped_has_curves_and_says_that_nothing_is_scored(folder):

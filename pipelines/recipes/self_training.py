@@ -1,0 +1,218 @@
+"""Self-training on pseudo labels: the second stage of MRNet, Rectifying and EPLC (methods §3.3 and §4.2).
+
+The recipes differ in how labels are made and which of them count; how a network learns from them stands here. The
+defaults differ from the published systems where those fail on target data in general; ``published`` brings them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from actors.errors import RunError
+from actors.protocols import Batch, LabelPlan, ObjectiveContext, Selection, StagePlan, StepInfo
+from actors.staleness import StalenessPolicy
+from models.losses import IGNORE, Divergence, memory_regularisation, rectified_terms
+from models.networks.deeplab import AUX_WEIGHT, Logits, upsample_logits
+from pipelines.choices import check_choices
+from pipelines.label_rules import MonteCarloRule
+from pipelines.recipes.optimisation import Rate, sgd
+from pipelines.recipes.recipe import Ingredients
+from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
+from pipelines.views import Whole, class_mix
+
+PSEUDO_CROP_VALUES = 10
+"""A crop is drawn again until its pseudo label shows more than this many distinct values (methods §2.4)."""
+
+Options = TypeVar("Options", bound="SelfTrainingOptions")
+
+
+@dataclass(frozen=True)
+class SelfTrainingOptions:
+    """What decides how a network learns from pseudo labels, beyond schedule and size."""
+
+    loss: Literal["rectified", "plain"] = "rectified"
+    """rectified: cross-entropy that counts less where the heads disagree, and their disagreement. plain:
+    cross-entropy, and memory regularisation."""
+    divergence: Divergence = "published"
+    """How the rectified loss measures disagreement (Q-MR-5). published: of each head from the other, as the code of
+    the paper does. main_to_aux, aux_to_main: one direction for both heads. squared: squared difference."""
+    memory: float = 0.1
+    """Weight of memory regularisation beside the plain loss."""
+    ignore_bottom: float | None = None
+    """Share of the image's height, from below, without pseudo labels. The camera's own bonnet is no class: whatever a
+    network takes it for spreads upwards over the road, round by round. Default: 0.23 on the street benchmarks, 0 on
+    images of your own and as published."""
+    mixing: Literal["classes", "none"] = "classes"
+    """classes: paste half of the classes of a source image onto each target image. none: target images alone."""
+    source_weight: float = 1.0
+    """Weight of the supervised source loss in stage II; 0 leaves source images out."""
+    teacher: Literal["average", "student"] = "average"
+    """Which weights label: the exponential moving average, or the student itself."""
+    statistics: Literal["target", "running"] = "target"
+    """Batch-norm statistics of the teaching network: of target images alone, or of both domains as training left
+    them."""
+    normalise_weights: bool = True
+    """Divide the class weights of a batch by their mean over its labelled pixels. As published they are not, so the
+    loss of a batch with rare classes counts up to 49 times; a network that starts from random weights diverges."""
+    dropout: float = 0.2
+    """Channel dropout rate of the student in stage II."""
+    colour: float = 0.3
+    """Strength of the colour jitter on what the student sees in stage II."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("source_weight", "colour", "memory"):
+            if getattr(self, name) < 0:
+                raise RunError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("dropout", "ignore_bottom"):
+            if not 0 <= (getattr(self, name) or 0.0) < 1:
+                raise RunError(f"{name} is {getattr(self, name)}; give a rate in [0, 1)")
+        if self.mixing == "classes" and self.source_weight == 0:
+            raise RunError("mixing='classes' pastes source images, so source_weight must not be 0")
+
+    def published(self: Options) -> Options:
+        """The same with every choice of the published systems that the default departs from."""
+        return replace(
+            self,
+            mixing="none",
+            source_weight=0.0,
+            teacher="student",
+            statistics="running",
+            normalise_weights=False,
+            colour=0.0,
+            ignore_bottom=0.0,
+        )
+
+
+class SelfTrainingObjective:
+    """A loss on pseudo labels, on mixed images where asked, beside the supervised source loss."""
+
+    def __init__(
+        self, term: SegmentationTerm, crop: tuple[int, int], options: SelfTrainingOptions, context: ObjectiveContext
+    ) -> None:
+        self.term, self.options = term, options
+        self.source_balance = term.balance(crop, context)
+        self.target_balance = term.balance(crop, context)
+
+    def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
+        """See :class:`actors.protocols.Objective`; methods §3.3 and §4.2."""
+        assert batch.target is not None
+        assert batch.pseudo_label is not None
+        assert batch.pseudo_weight is not None
+        images, labels = batch.target, batch.pseudo_label
+        weights = batch.pseudo_weight[:, None, None].expand(labels.shape)
+        terms: dict[str, Tensor] = {}
+        if batch.source is None or batch.source_label is None:
+            logits = network(images)
+        else:
+            if self.options.mixing == "classes":
+                images, labels, pasted = class_mix(
+                    batch.source, batch.source_label, images, labels, self.term.num_classes, info.seed
+                )
+                weights = weights.masked_fill(pasted, 1.0)
+            # One pass: both are normalised by the same batch statistics, those the running ones record.
+            source, logits = _halves(network(torch.cat((batch.source, images))))
+            supervised = self.term.of_logits(source, batch.source_label, self.source_balance)
+            terms["loss/segmentation"] = self.options.source_weight * supervised
+        more = self._plain if self.options.loss == "plain" else self._rectified
+        return {**terms, **more(logits, labels, weights)}
+
+    def _plain(self, logits: Logits, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Steps 1 to 3 and 6 of stage I, on pseudo labels (methods §3.3, "MRNet+Pseudo"); weight 0 means no label."""
+        labels = labels.masked_fill(weights == 0, IGNORE)
+        terms = {"loss/pseudo": self.term.of_logits(logits, labels, self.target_balance)}
+        if self.options.memory:
+            enlarged = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
+            terms["loss/memory"] = self.options.memory * memory_regularisation(enlarged)
+        return terms
+
+    def _rectified(self, logits: Logits, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """Methods §3.3."""
+        logits = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
+        class_weights = self.target_balance(labels)
+        if self.options.normalise_weights:
+            class_weights = class_weights / _mean_weight(class_weights, labels)
+        found = rectified_terms(
+            logits, labels, class_weights, divergence=self.options.divergence, pixel_weights=weights
+        )
+        return {
+            "loss/rectified_main": found.main_ce,
+            "loss/rectified_aux": AUX_WEIGHT * found.aux_ce,
+            "loss/divergence": found.main_divergence + AUX_WEIGHT * found.aux_divergence,
+        }
+
+    def learn(self, info: StepInfo) -> dict[str, Tensor]:
+        """Nothing of its own learns."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running class weights."""
+        return {"source": self.source_balance.state_dict(), "target": self.target_balance.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.source_balance.load_state_dict(state["source"])
+        self.target_balance.load_state_dict(state["target"])
+
+
+def _halves(logits: Logits) -> tuple[Logits, Logits]:
+    """The first and the second half of a batch."""
+    (aux_one, aux_two), (main_one, main_two) = logits.aux.chunk(2), logits.main.chunk(2)
+    return Logits(aux_one, main_one), Logits(aux_two, main_two)
+
+
+def _mean_weight(class_weights: Tensor, labels: Tensor) -> Tensor:
+    """Mean class weight over the labelled pixels of int64 N×H×W labels; 1 where nothing is labelled."""
+    valid = labels != IGNORE
+    total = (class_weights[labels.clamp(max=len(class_weights) - 1)] * valid).sum()
+    return torch.where(valid.any(), total / valid.sum().clamp(min=1), torch.ones_like(total))
+
+
+def self_training_stage(
+    ingredients: Ingredients, options: SelfTrainingOptions, rule: MonteCarloRule, selection: Selection | None = None
+) -> StagePlan:
+    """Stage II.
+
+    Args:
+        ingredients: of the run.
+        options: how the network learns.
+        rule: how labels are made.
+        selection: what a reader keeps of them, where that needs the whole set.
+    """
+    preset, schedule = ingredients.preset, ingredients.preset.stages[1]
+    # As published: more than 10 values of 19 classes, more than 4 of 9.
+    values = PSEUDO_CROP_VALUES if ingredients.num_classes > 9 else ingredients.num_classes // 2
+    # A pseudo label that is still all-255 shows one value: it takes its last draw, as a real one may have to.
+    view = replace(training_view(ingredients, schedule, more_than_values=values), colour=options.colour)
+    streams = {"target": ingredients.target(schedule.target_size, view)}
+    if options.source_weight > 0:
+        streams["source"] = ingredients.source(schedule.source_size, replace(view, seed=view.seed + 1))
+    return StagePlan(
+        name="self-training",
+        steps=schedule.steps,
+        batch=schedule.batch,
+        streams=streams,
+        objective=partial(SelfTrainingObjective, segmentation_term(ingredients), schedule.crop, options),
+        optimiser=sgd(preset, train_norm_affine=True),
+        learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
+        labels=LabelPlan(
+            rule=rule,
+            policy=StalenessPolicy(refresh=ingredients.refresh),
+            selection=selection,
+        ),
+        ema_decay=preset.ema_decay if options.teacher == "average" else None,
+        statistics=options.statistics,
+        dropout=options.dropout,
+        clip_norm=preset.clip_norm,
+        plain_view=Whole(),
+    )
+
+
+def bottom(ingredients: Ingredients, options: SelfTrainingOptions) -> float:
+    """Share of the label's height, from below, that is withheld."""
+    return ingredients.bonnet if options.ignore_bottom is None else options.ignore_bottom

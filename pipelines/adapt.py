@@ -142,7 +142,7 @@ class Run:
     """The processes of one run."""
 
     def __init__(
-        self, setup: Setup, shares: Shares, watch: Watch, seconds: dict[str, float], given: Table | None = None
+        self, setup: Setup, shares: Shares, watch: Watch, seconds: dict[str, float], given: Table | None
     ) -> None:
         self.setup, self.shares, self.watch, self.seconds, self.given = setup, shares, watch, seconds, given
         self.seen_messages = 0

@@ -45,7 +45,7 @@ class StartedRun:
 
         before, adapt_module.WATCH_SECONDS = adapt_module.WATCH_SECONDS, 0.02
         try:
-            self.run = Run(self.setup, shares, watch, {})
+            self.run = Run(self.setup, shares, watch, {}, self.setup.open_given())
             outcome = self.run.execute(self.stop)
         finally:
             adapt_module.WATCH_SECONDS = before

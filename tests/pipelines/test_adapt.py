@@ -124,7 +124,7 @@ def watched(tmp_path, monkeypatch, started):
         target_reader=None,
         domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
-    run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {})
+    run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {}, None)
     run.told = []
     run.run_log = Actor(watch={"newest": {"train": {"step": 7}}, "messages": ["hello"], "failure": None})
     run.bank = Actor(status=status())

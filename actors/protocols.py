@@ -153,6 +153,8 @@ class LabelPlan:
     policy: StalenessPolicy
     selection: Selection | None = None
     label_column: str = "label"
+    extra_column: str | None = None
+    """A column of maps that goes to the objective beside the label, or None."""
 
     def for_bank(self) -> LabelPlan:
         """The same plan without the rule's code."""
@@ -182,7 +184,8 @@ class Batch:
 
     ``pseudo_weight`` is float32 N (one weight a label, from its age); all-255 pseudo labels are the way a missing
     record looks, so every rank runs the same forwards whatever it has. ``labelled`` are target images with labels of
-    their own, in a semi-supervised run.
+    their own, in a semi-supervised run. ``extra`` is uint8 N×P×h×w, the label plan's extra column in the geometry of
+    the target view, zeros where there is no record.
     """
 
     source: Tensor | None
@@ -192,6 +195,7 @@ class Batch:
     pseudo_weight: Tensor | None
     labelled: Tensor | None = None
     labelled_label: Tensor | None = None
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True)

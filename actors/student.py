@@ -245,7 +245,7 @@ class Student:
         self.tally.data_wait += time.perf_counter() - began
         for item in raw.values():
             self._count_skipped(stage, item)
-        target = pseudo = weight = None
+        target = pseudo = weight = extra = None
         source, source_label = self._labelled(stage, "source", raw)
         labelled, labelled_label = self._labelled(stage, "labelled", raw)
         if "target" in raw:
@@ -255,10 +255,11 @@ class Student:
             if stage.view is None and item.labels is None:
                 target, _ = stream.view(images, (), item.positions)
             else:
-                joined, weight = self._join(stage, item)
-                target, (pseudo,) = stream.view(images, (joined,), item.positions)
+                joined, weight, more = self._join(stage, item)
+                target, (pseudo, *planes) = stream.view(images, (joined, *more), item.positions)
                 pseudo = pseudo.long()
-        return Batch(source, source_label, target, pseudo, weight, labelled, labelled_label)
+                extra = torch.stack(planes, dim=1) if planes else None
+        return Batch(source, source_label, target, pseudo, weight, labelled, labelled_label, extra)
 
     def _labelled(
         self, stage: StageState, name: str, raw: dict[str, RawBatch]
@@ -273,20 +274,24 @@ class Student:
         seen, (label,) = stage.plan.streams[name].view(images, (labels,), item.positions)
         return seen, label.long()
 
-    def _join(self, stage: StageState, item: RawBatch) -> tuple[Tensor, Tensor]:
-        """Pseudo labels of a target batch, uint8 N×H×W, and their weights, float32 N, on the device."""
+    def _join(self, stage: StageState, item: RawBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Pseudo labels of a target batch, uint8 N×H×W, their weights, float32 N, and further maps, on the device."""
         if stage.view is None:  # a labelled target stream: only the oracle has one
             assert item.labels is not None
-            return item.labels.to(self.device), torch.ones(len(item.indices), device=self.device)
+            return item.labels.to(self.device), torch.ones(len(item.indices), device=self.device), []
         began = time.perf_counter()
         before = stage.view.wait_seconds
         stage.view.poll(self.step, self._upcoming(stage))
         labels, weights = zip(*(stage.view.get(int(i), self.step) for i in item.indices), strict=True)
         joined = torch.from_numpy(np.stack(labels)).to(self.device, non_blocking=True)
+        more: list[Tensor] = []
+        if stage.plan.labels is not None and stage.plan.labels.extra_column is not None:
+            planes = np.stack([stage.view.extra(int(i), self.step) for i in item.indices])
+            more = list(torch.from_numpy(planes).to(self.device, non_blocking=True).unbind(1))
         self.tally.label_wait += stage.view.wait_seconds - before
         self.tally.join += time.perf_counter() - began
         self.tally.hits, self.tally.misses = stage.view.hits, stage.view.misses
-        return joined, torch.tensor(weights, dtype=torch.float32).to(self.device, non_blocking=True)
+        return joined, torch.tensor(weights, dtype=torch.float32).to(self.device, non_blocking=True), more
 
     def _upcoming(self, stage: StageState) -> np.ndarray:
         """Image indices of this rank's target samples in the next batches."""

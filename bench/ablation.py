@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "passes-20": ("--eplc.passes", "20"),
     "once": ("--refresh", "once"),
     "no-mixing": ("--eplc.mixing", "none"),
+    "negative": ("--eplc.negative", "1"),
 }
 NAMES = {
     "stage-one": "stage I alone, equal steps",
@@ -52,6 +53,7 @@ NAMES = {
     "passes-20": "EPLC, 20 passes",
     "once": "EPLC, one round of labels",
     "no-mixing": "EPLC, no class mixing",
+    "negative": "EPLC, negative labels, too (weight 1)",
 }
 
 

@@ -256,6 +256,40 @@ def rectified_terms(
     return RectifiedTerms(rectified(logits.main, main_d), main_d.mean(), rectified(logits.aux, aux_d), aux_d.mean())
 
 
+def negative_terms(
+    logits: Logits, negative: Tensor, pixel_weights: Tensor | None = None, *, floor: float = 1e-7
+) -> tuple[Tensor, Tensor]:
+    """Learning from what a pixel is not, for the primary and the auxiliary head (methods 4.2).
+
+    For head h, over the pixels with at least one negative class: mean of −Σ_c neg_c log max(1 − p_{h,c}, floor) / Σ_c
+    neg_c. That is the negative cross-entropy of UPS (Rizve et al., ICLR 2021), after NLNL (Kim et al., ICCV 2019). A
+    positive label is not needed, so withheld pixels teach something, too.
+
+    Args:
+        logits: both heads, float (N, C, H, W).
+        negative: bool (N, C, H, W).
+        pixel_weights: optional float, broadcastable to (N, H, W), that multiplies a pixel's term.
+        floor: bound under 1 − p.
+
+    Returns:
+        Both means, not yet weighted between heads; exactly zero where no pixel has a negative class.
+
+    Raises:
+        ValueError: for negatives of another shape than the logits.
+    """
+    if negative.shape != logits.main.shape:
+        raise ValueError(f"negatives {tuple(negative.shape)} do not fit logits {tuple(logits.main.shape)}")
+    counts = negative.sum(dim=1)
+    having = (counts > 0).to(logits.main.dtype)
+
+    def mean(head: Tensor) -> Tensor:
+        impossible = (1.0 - head.softmax(dim=1)).clamp(min=floor).log()
+        losses = -(impossible * negative).sum(dim=1) / counts.clamp(min=1)
+        return (losses if pixel_weights is None else losses * pixel_weights).sum() / having.sum().clamp(min=1)
+
+    return mean(logits.main), mean(logits.aux)
+
+
 def generator_loss(scores: Sequence[Tensor]) -> Tensor:
     """G = 2 * sum over scales of mean[(D_k(p) - 1)^2] (methods 3.1, step 5).
 

@@ -207,6 +207,53 @@ def mean_probabilities(
     return torch.stack([upsample(grid.mean(dim=1), size) for grid in grids]).sum(dim=0)
 
 
+@torch.no_grad()
+def negative_labels(
+    network: DeepLab,
+    views: Sequence[View],
+    masks: Sequence[HeadMasks],
+    size: tuple[int, int],
+    *,
+    temperature: float = 2.0,
+    max_probability: float = 0.05,
+    max_std: float = 0.005,
+) -> Tensor:
+    """Classes that a pixel surely is *not*: its complementary labels (methods 4.1; UPS, Rizve et al., ICLR 2021).
+
+    With q_t the fused probabilities of pass t, logits divided by the temperature: class c is negative where its mean
+    over the passes is at most ``max_probability`` and its population standard deviation below ``max_std``.
+
+    Args:
+        network, views, masks: as for :func:`mean_probabilities`; masks are needed.
+        size: output (height, width).
+        temperature: softens the softmax, so that it does not call everything impossible.
+        max_probability, max_std: on the 0..1 scale (published: 0.2 and 0.02 of 4 views).
+
+    Returns:
+        bool (N, C, *size).
+
+    Raises:
+        ValueError: if views and masks do not belong together, or there is no view.
+    """
+    _check(network, views, masks)
+    grids = _pass_probabilities(network, views, masks, temperature)
+    found = []
+    for image in range(grids[0].shape[0]):
+        mean = spread = None
+        for t in range(grids[0].shape[1]):
+            q = torch.stack([upsample(grid[image, t : t + 1], size) for grid in grids]).sum(dim=0)[0]
+            if mean is None or spread is None:
+                mean, spread = q, torch.zeros_like(q)
+                continue
+            off = q - mean  # Welford: the variance is far smaller than the square of the mean
+            mean = mean + off / (t + 1)
+            spread = spread + off * (q - mean)
+        assert mean is not None
+        assert spread is not None
+        found.append((mean <= max_probability) & ((spread / grids[0].shape[1]).sqrt() < max_std))
+    return torch.stack(found)
+
+
 def trunk_views(network: DeepLab, batches: Sequence[Tensor], *, mirror: bool = True) -> list[View]:
     """Runs the trunk once per view, plain and (optionally) mirrored.
 
@@ -258,8 +305,14 @@ def _check(network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks]) 
         )
 
 
-def _pass_probabilities(network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks]) -> list[Tensor]:
+def _pass_probabilities(
+    network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks], temperature: float = 1.0
+) -> list[Tensor]:
     """Softmax of every pass at network resolution, views of one grid summed, divided by the view count.
+
+    Args:
+        network, views, masks: as for :func:`mean_probabilities`.
+        temperature: divides the fused logits.
 
     Returns:
         One float (N, T, C, h, w) per distinct grid.
@@ -279,7 +332,7 @@ def _pass_probabilities(network: DeepLab, views: Sequence[View], masks: Sequence
 
         logits = torch.bmm(passes(weight_aux, mask.aux), aux.flatten(2).to(weight_aux.dtype))
         logits = torch.baddbmm(logits, passes(weight_main, mask.main), main.flatten(2).to(weight_main.dtype))
-        probabilities = logits.view(images, -1, classes, h, w).softmax(dim=2)
+        probabilities = logits.view(images, -1, classes, h, w).div_(temperature).softmax(dim=2)
         if view.mirrored:
             probabilities = probabilities.flip(-1)
         known = sums.get((h, w))

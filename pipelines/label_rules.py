@@ -15,10 +15,11 @@ from actors.records import RecordLayout
 from models.losses import IGNORE
 from models.networks.deeplab import DeepLab
 from models.selection import confidence_histogram
-from models.uncertainty import UncertaintyRule, draw_masks, monte_carlo_labels, trunk_views
+from models.uncertainty import UncertaintyRule, draw_masks, monte_carlo_labels, negative_labels, trunk_views
 from pipelines.views import network_input
 
 Size = tuple[int, int]
+NEGATIVE = "negative"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class MonteCarloRule:
             and leaves the choice to a :class:`PercentileSelection` at reading.
         threshold, max_std: of the three fixed rules.
         ignore_bottom: share of the label's height, from below, that is always withheld and never counted.
+        published_min: ``min`` stores the class whose lowest pass is highest, and not the one that it tests (Q-EP-3).
+        negative: also records which classes a pixel surely is not, a bit a class (column :data:`NEGATIVE`).
     """
 
     num_classes: int
@@ -46,12 +49,17 @@ class MonteCarloRule:
     threshold: float
     max_std: float
     ignore_bottom: float = 0.0
+    published_min: bool = False
+    negative: bool = False
 
     @property
     def layout(self) -> RecordLayout:
-        """Label and quantised confidence."""
+        """Label and quantised confidence, and where asked the negative classes."""
         shape = (self.label_size[1], self.label_size[0])
-        return RecordLayout((("label", shape), ("confidence", shape)), self.num_classes)
+        columns: tuple[tuple[str, tuple[int, ...]], ...] = (("label", shape), ("confidence", shape))
+        if self.negative:
+            columns += ((NEGATIVE, (-(-self.num_classes // 8), *shape)),)
+        return RecordLayout(columns, self.num_classes)
 
     @property
     def view_sizes(self) -> tuple[Size, ...]:
@@ -73,17 +81,25 @@ class MonteCarloRule:
         if self.keep == "all":
             rule = UncertaintyRule("mean", min_confidence=0.0)
         else:
-            rule = UncertaintyRule(self.keep, min_confidence=self.threshold, max_std=self.max_std)
-        made = monte_carlo_labels(network, features, masks, (self.label_size[1], self.label_size[0]), rule)
+            rule = UncertaintyRule(
+                self.keep, min_confidence=self.threshold, max_std=self.max_std, published_min=self.published_min
+            )
+        size = self.label_size[1], self.label_size[0]
+        made = monte_carlo_labels(network, features, masks, size, rule)
         labels, winners = made.label.cpu().numpy(), made.argmax.cpu().numpy()
         confidences = made.quantised().cpu().numpy()
         first = self.label_size[1] - round(self.ignore_bottom * self.label_size[1])
         labels[:, first:], winners[:, first:] = IGNORE, IGNORE
+        more: list[dict[str, np.ndarray]] = [{} for _ in labels]
+        if self.negative:
+            bits = negative_labels(network, features, masks, size).cpu().numpy()
+            bits[:, :, first:] = False
+            more = [{NEGATIVE: np.packbits(image, axis=0, bitorder="little")} for image in bits]
         return [
             Labelled(
-                {"label": label, "confidence": confidence},
+                {"label": label, "confidence": confidence, **columns},
                 np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
                 confidence_histogram(winner, confidence, self.num_classes),
             )
-            for label, winner, confidence in zip(labels, winners, confidences, strict=True)
+            for label, winner, confidence, columns in zip(labels, winners, confidences, more, strict=True)
         ]

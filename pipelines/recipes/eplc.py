@@ -41,6 +41,12 @@ class EplcOptions(SelfTrainingOptions):
     """Monte-Carlo dropout passes."""
     label_dropout: float = 0.1
     """Channel dropout rate of the labelling passes, whatever the training rate."""
+    min_class: Literal["tested", "lowest"] = "tested"
+    """Which class min selection stores (Q-EP-3). tested: the one whose lowest pass it tests. lowest: the one whose
+    lowest pass is highest, as published."""
+    negative: float = 0.0
+    """Weight of a loss on negative labels: classes that a pixel surely is not, made by the teachers beside the others.
+    The published system makes them and does not use them. They more than double a label's size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,8 +55,9 @@ class EplcOptions(SelfTrainingOptions):
         for name in ("sure", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RunError(f"{name} is {getattr(self, name)}; give a probability in [0, 1]")
-        if self.max_std < 0:
-            raise RunError(f"max_std is {self.max_std}; it cannot be negative")
+        for name in ("max_std", "negative"):
+            if getattr(self, name) < 0:
+                raise RunError(f"{name} is {getattr(self, name)}; it cannot be negative")
         if self.passes < 1:
             raise RunError(f"passes is {self.passes}; labelling needs at least one pass")
         if not 0 <= self.label_dropout < 1:
@@ -59,7 +66,7 @@ class EplcOptions(SelfTrainingOptions):
     def published(self) -> EplcOptions:
         """The same with every choice of the published system that the default departs from."""
         selection = "mean" if self.selection == "percentile" else self.selection
-        return replace(super().published(), selection=selection)
+        return replace(super().published(), selection=selection, min_class="lowest", negative=0.0)
 
 
 def labels_of(ingredients: Ingredients, options: EplcOptions) -> tuple[MonteCarloRule, PercentileSelection | None]:
@@ -78,6 +85,8 @@ def labels_of(ingredients: Ingredients, options: EplcOptions) -> tuple[MonteCarl
         threshold=options.threshold,
         max_std=options.max_std,
         ignore_bottom=bottom(ingredients, options),
+        published_min=options.min_class == "lowest",
+        negative=options.negative > 0,
     )
     return rule, selection
 
@@ -85,7 +94,7 @@ def labels_of(ingredients: Ingredients, options: EplcOptions) -> tuple[MonteCarl
 def stages(ingredients: Ingredients, options: EplcOptions) -> tuple[StagePlan, ...]:
     """Stage I of MRNet, then self-training."""
     options = options.published() if ingredients.faithful else options
-    second = self_training_stage(ingredients, options, *labels_of(ingredients, options))
+    second = self_training_stage(ingredients, options, *labels_of(ingredients, options), negative=options.negative)
     return alignment_stage(ingredients, MrnetOptions()), second
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from actors.errors import RunError
 from actors.protocols import Batch, LabelPlan, ObjectiveContext, Selection, StagePlan, StepInfo
 from actors.staleness import StalenessPolicy
-from models.losses import IGNORE, Divergence, memory_regularisation, rectified_terms
+from models.losses import IGNORE, Divergence, memory_regularisation, negative_terms, rectified_terms
 from models.networks.deeplab import AUX_WEIGHT, Logits, upsample_logits
 from pipelines.choices import check_choices
-from pipelines.label_rules import MonteCarloRule
+from pipelines.label_rules import NEGATIVE, MonteCarloRule
 from pipelines.recipes.optimisation import Rate, sgd
 from pipelines.recipes.recipe import Ingredients
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
@@ -93,9 +93,14 @@ class SelfTrainingObjective:
     """A loss on pseudo labels, on mixed images where asked, beside the supervised source loss."""
 
     def __init__(
-        self, term: SegmentationTerm, crop: tuple[int, int], options: SelfTrainingOptions, context: ObjectiveContext
+        self,
+        term: SegmentationTerm,
+        crop: tuple[int, int],
+        options: SelfTrainingOptions,
+        negative: float,
+        context: ObjectiveContext,
     ) -> None:
-        self.term, self.options = term, options
+        self.term, self.options, self.negative = term, options, negative
         self.source_balance = term.balance(crop, context)
         self.target_balance = term.balance(crop, context)
 
@@ -107,6 +112,7 @@ class SelfTrainingObjective:
         images, labels = batch.target, batch.pseudo_label
         weights = batch.pseudo_weight[:, None, None].expand(labels.shape)
         terms: dict[str, Tensor] = {}
+        pasted = torch.zeros_like(labels, dtype=torch.bool)
         if batch.source is None or batch.source_label is None:
             logits = network(images)
         else:
@@ -120,7 +126,13 @@ class SelfTrainingObjective:
             supervised = self.term.of_logits(source, batch.source_label, self.source_balance)
             terms["loss/segmentation"] = self.options.source_weight * supervised
         more = self._plain if self.options.loss == "plain" else self._rectified
-        return {**terms, **more(logits, labels, weights)}
+        terms |= more(logits, labels, weights)
+        if batch.extra is not None and self.negative:
+            known = _unpacked(batch.extra, self.term.num_classes) & ~pasted[:, None]
+            enlarged = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
+            main, aux = negative_terms(enlarged, known, weights)
+            terms["loss/negative"] = self.negative * (main + AUX_WEIGHT * aux)
+        return terms
 
     def _plain(self, logits: Logits, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Steps 1 to 3 and 6 of stage I, on pseudo labels (methods §3.3, "MRNet+Pseudo"); weight 0 means no label."""
@@ -160,6 +172,12 @@ class SelfTrainingObjective:
         self.target_balance.load_state_dict(state["target"])
 
 
+def _unpacked(planes: Tensor, num_classes: int) -> Tensor:
+    """Bits of uint8 N×P×H×W, the lowest first, as bool N×C×H×W."""
+    bits = torch.arange(8, device=planes.device, dtype=torch.uint8).view(1, 1, 8, 1, 1)
+    return ((planes[:, :, None] >> bits) & 1).flatten(1, 2)[:, :num_classes].bool()
+
+
 def _halves(logits: Logits) -> tuple[Logits, Logits]:
     """The first and the second half of a batch."""
     (aux_one, aux_two), (main_one, main_two) = logits.aux.chunk(2), logits.main.chunk(2)
@@ -174,7 +192,11 @@ def _mean_weight(class_weights: Tensor, labels: Tensor) -> Tensor:
 
 
 def self_training_stage(
-    ingredients: Ingredients, options: SelfTrainingOptions, rule: MonteCarloRule, selection: Selection | None = None
+    ingredients: Ingredients,
+    options: SelfTrainingOptions,
+    rule: MonteCarloRule,
+    selection: Selection | None = None,
+    negative: float = 0.0,
 ) -> StagePlan:
     """Stage II.
 
@@ -183,6 +205,7 @@ def self_training_stage(
         options: how the network learns.
         rule: how labels are made.
         selection: what a reader keeps of them, where that needs the whole set.
+        negative: weight of the loss on negative labels, which the rule then makes.
     """
     preset, schedule = ingredients.preset, ingredients.preset.stages[1]
     # As published: more than 10 values of 19 classes, more than 4 of 9.
@@ -197,13 +220,14 @@ def self_training_stage(
         steps=schedule.steps,
         batch=schedule.batch,
         streams=streams,
-        objective=partial(SelfTrainingObjective, segmentation_term(ingredients), schedule.crop, options),
+        objective=partial(SelfTrainingObjective, segmentation_term(ingredients), schedule.crop, options, negative),
         optimiser=sgd(preset, train_norm_affine=True),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         labels=LabelPlan(
             rule=rule,
             policy=StalenessPolicy(refresh=ingredients.refresh),
             selection=selection,
+            extra_column=NEGATIVE if rule.negative else None,
         ),
         ema_decay=preset.ema_decay if options.teacher == "average" else None,
         statistics=options.statistics,

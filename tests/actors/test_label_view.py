@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -285,3 +286,26 @@ def test_age_statistics_are_numpys_inverted_percentiles(ages):
 
 def test_without_labels_there_are_no_ages():
     assert age_statistics(Counter()) == {"p50": None, "p95": None, "max": None}
+
+
+def test_an_extra_column_is_that_of_the_label_which_was_read_and_zeros_where_there_is_none():
+    bank = Bank()
+    view = view_of(bank)
+    view.plan = replace(view.plan, extra_column="confidence")
+    assert not view.extra(0, 5).any()
+    bank.make(0, 3, value=1, deliver=True, confidence=77)
+    polled(view, 5)
+    view.get(1, 5)
+    assert (view.extra(1, 5) == 77).all()
+    assert view.extra(2, 5).shape == view.extra(1, 5).shape == SHAPE
+    assert not view.extra(2, 5).any()
+
+
+def test_a_label_that_is_too_old_takes_its_extra_column_along():
+    bank = Bank()
+    view = view_of(bank, max_age_steps=10)
+    view.plan = replace(view.plan, extra_column="confidence")
+    bank.make(0, 3, value=1, deliver=True)
+    polled(view, 5)
+    assert view.extra(0, 13).any()
+    assert not view.extra(0, 14).any()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -360,6 +361,28 @@ def test_a_labelled_target_stream_is_its_own_label(tmp_path):
     assert batch.source is None
     assert batch.pseudo_weight.tolist() == [1.0] * 4
     assert set(batch.pseudo_label.unique().tolist()) <= set(range(CLASSES))
+
+
+def test_an_extra_column_takes_part_in_the_views_geometry(tmp_path):
+    class Mirror:
+        def __call__(self, images, labels, positions):
+            seen = images.permute(0, 3, 1, 2).float() / 255 - 0.5
+            return seen.flip(-1), tuple(label.flip(-1) for label in labels)
+
+    class WithExtra(FakeView):
+        def extra(self, index, step):
+            return np.stack([self.get(index, step)[0]] * 3) + np.arange(3, dtype=np.uint8)[:, None, None]
+
+    seen = []
+    plan = replace(label_plan(), extra_column="confidence")
+    streams = {"target": FakeStream("target", labelled=False, view=Mirror())}
+    student(
+        run_plan(tmp_path, [stage(seen, steps=1, streams=streams, labels=plan)]), FakeLink(views={0: WithExtra})
+    ).run()
+    batch = seen[0][2]
+    assert batch.extra.dtype == torch.uint8
+    for plane in range(3):
+        assert torch.equal(batch.extra[:, plane].long(), batch.pseudo_label + plane)
 
 
 def test_labelled_target_images_reach_the_objective_beside_the_others(tmp_path):

@@ -1,6 +1,6 @@
 """The first twenty steps of every recipe, term by term: a number that changes unnoticed becomes loud.
 
-    python -m tests.engine.test_golden        writes tests/golden/first_steps.json anew, after a change that was meant
+python -m tests.engine.test_golden        writes tests/golden/first_steps.json anew, after a change that was meant
 """
 
 import json

@@ -11,6 +11,7 @@ from models.losses import (
     class_counts,
     entropy_loss,
     memory_regularisation,
+    negative_terms,
     percentile,
     pixel_cross_entropy,
     rectified_terms,
@@ -326,3 +327,54 @@ def test_an_unknown_divergence_is_refused():
 def test_a_percentile_beyond_100_is_refused():
     with pytest.raises(ValueError, match=r"\[0, 100\]"):
         percentile(torch.zeros(3), 120.0)
+
+
+# Negative labels.
+
+NEGATIVE = RNG.random((GRID[0], C, *GRID[1:])) < 0.4
+NEGATIVE[0, :, 1] = False  # pixels of which nothing is known
+
+
+def reference_negative(z, pixels=None):
+    """UPS: the mean over pixels that have a negative class of their mean -log(1 - p)."""
+    p, counts = np.exp(log_softmax(z)), NEGATIVE.sum(1)
+    losses = -(np.log(np.maximum(1 - p, 1e-7)) * NEGATIVE).sum(1) / np.maximum(counts, 1)
+    return (losses * (1.0 if pixels is None else pixels)).sum() / (counts > 0).sum()
+
+
+@pytest.mark.parametrize("pixels", [None, PIXELS])
+def test_negative_labels_push_down_what_a_pixel_is_not(pixels):
+    negative = torch.from_numpy(NEGATIVE)
+    weight = None if pixels is None else torch.from_numpy(pixels)
+    for head, z in enumerate((Z_P, Z_A)):
+
+        def ours(value, head=head):
+            other = torch.from_numpy(Z_A if head == 0 else Z_P)
+            logits = Logits(other, value) if head == 0 else Logits(value, other)
+            return negative_terms(logits, negative, weight)[head]
+
+        check(ours, lambda value: reference_negative(value, pixels), z)
+
+
+def test_where_nothing_is_known_negative_labels_cost_exactly_nothing():
+    z = torch.tensor(Z_P, requires_grad=True)
+    main, aux = negative_terms(Logits(z, z), torch.zeros(Z_P.shape, dtype=torch.bool))
+    (main + aux).backward()
+    assert main.item() == aux.item() == 0.0
+    assert (z.grad == 0).all()
+
+
+def test_a_class_that_the_network_is_sure_of_gives_a_finite_loss():
+    z = torch.zeros(1, 2, 1, 1, requires_grad=True)
+    main, _ = negative_terms(
+        Logits(z, z + torch.tensor([200.0, 0.0]).view(1, 2, 1, 1)), torch.tensor([True, False]).view(1, 2, 1, 1)
+    )
+    main.backward()
+    assert main.item() == pytest.approx(-np.log(1e-7), rel=1e-5)
+    assert torch.isfinite(z.grad).all()
+
+
+def test_negatives_of_another_size_are_refused():
+    z = torch.from_numpy(Z_P)
+    with pytest.raises(ValueError, match="do not fit logits"):
+        negative_terms(Logits(z, z), torch.zeros(2, C, 1, 1, dtype=torch.bool))

@@ -12,6 +12,7 @@ from models.uncertainty import (
     draw_masks,
     mean_probabilities,
     monte_carlo_labels,
+    negative_labels,
     quantise,
     trunk_views,
 )
@@ -266,3 +267,32 @@ def test_masks_that_do_not_fit_are_refused(small):
         draw_masks(generators(1), views=1, passes=1, channels=8, rate=1.0)
     with pytest.raises(ValueError, match="at least 1"):
         draw_masks([], views=1, passes=1, channels=8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_negative_classes_are_those_that_every_pass_finds_impossible(small, temperature):
+    """The definition, in float64, from whole passes whose logits are divided by the temperature."""
+    batches = [torch.randn(2, 3, 48, 96), torch.randn(2, 3, 64, 128)]
+    views = trunk_views(small, batches)
+    masks = draw_masks(generators(2), views=len(views), passes=4, channels=small.config.bottleneck_channels, rate=0.3)
+    passes = []
+    for t in range(4):
+        q = 0.0
+        seen = [(images, mirrored) for images in batches for mirrored in (False, True)]
+        for (images, mirrored), mask in zip(seen, masks, strict=True):
+            features = small.trunk(images.flip(-1) if mirrored else images)
+            dropped = HeadFeatures(
+                features.aux * mask.aux[t, :, :, None, None], features.main * mask.main[t, :, :, None, None]
+            )
+            p = upsample((fused(small.classify(dropped)) / temperature).softmax(dim=1), SIZE)
+            q = q + (p.flip(-1) if mirrored else p) / len(seen)
+        passes.append(q.double())
+    volumes = torch.stack(passes)
+    mean, std = volumes.mean(0), volumes.std(0, correction=0)
+    limits = {"max_probability": mean.median().item(), "max_std": std.median().item()}
+    found = negative_labels(small, views, masks, SIZE, temperature=temperature, **limits)
+    expected = (mean <= limits["max_probability"]) & (std < limits["max_std"])
+    assert found.shape == (2, small.config.num_classes, *SIZE)
+    assert (found == expected).float().mean() > 0.999  # what lies on a limit may fall to either side
+    assert 0.05 < expected.float().mean() < 0.95

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.uncertainty import draw_masks, negative_labels, trunk_views
 from pipelines.label_rules import MonteCarloRule
 from pipelines.selections import PercentileSelection
+from pipelines.views import network_input
 
 CONFIG = DeepLabConfig(
     num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)
@@ -113,3 +115,19 @@ def test_the_bottom_rows_get_no_label_and_are_counted_nowhere(network, keep):
     np.testing.assert_array_equal(made.columns["label"][:12], whole.columns["label"][:12])
     assert made.class_pixels.sum() == (whole.columns["label"][:12] != 255).sum()
     assert made.histogram.sum() == 12 * 24
+
+
+def test_negative_classes_are_bits_of_a_column_of_their_own(network):
+    made = rule(negative=True, ignore_bottom=0.25)
+    assert dict(made.layout.columns)["negative"] == (1, 16, 24)
+    both = views(2)
+    plain, found = rule(ignore_bottom=0.25).label(network, both, [1, 2]), made.label(network, both, [1, 2])
+    features = trunk_views(network, [network_input(view) for view in both])
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    masks = draw_masks(generators, views=4, passes=3, channels=16, rate=0.3)
+    expected = negative_labels(network, features, masks, (16, 24)).numpy()
+    expected[:, :, 12:] = False
+    for before, after, negative in zip(plain, found, expected, strict=True):
+        np.testing.assert_array_equal(before.columns["label"], after.columns["label"])
+        bits = np.unpackbits(after.columns["negative"], axis=0, bitorder="little")[:4].astype(bool)
+        np.testing.assert_array_equal(bits, negative)

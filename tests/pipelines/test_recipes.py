@@ -8,8 +8,8 @@ import torch
 from actors.checkpoints import snapshot
 from actors.errors import RunError
 from actors.protocols import Batch, ObjectiveContext, StepInfo
-from models.losses import memory_regularisation, rectified_terms
-from models.networks.deeplab import DeepLab, DeepLabConfig, upsample_logits
+from models.losses import memory_regularisation, negative_terms, rectified_terms
+from models.networks.deeplab import DeepLab, DeepLabConfig, Logits, upsample_logits
 from pipelines.benchmarks import benchmark
 from pipelines.recipes import RECIPES, recipe
 from pipelines.recipes.eplc import EplcOptions
@@ -18,8 +18,9 @@ from pipelines.recipes.mrnet import AlignmentObjective, MrnetOptions
 from pipelines.recipes.optimisation import sgd
 from pipelines.recipes.recipe import Ingredients, preset
 from pipelines.recipes.rectified import RectifiedOptions
-from pipelines.recipes.self_training import SelfTrainingObjective
+from pipelines.recipes.self_training import SelfTrainingObjective, _unpacked
 from pipelines.recipes.supervised import SegmentationTerm, SupervisedObjective, reference_stages
+from pipelines.views import class_mix
 
 CLASSES = 5
 CROP = (32, 24)
@@ -344,7 +345,8 @@ def alignment():
 
 
 def rectified(**options):
-    return SelfTrainingObjective(SegmentationTerm(CLASSES), CROP, replace(EplcOptions(), **options), CONTEXT)
+    given = replace(EplcOptions(), **options)
+    return SelfTrainingObjective(SegmentationTerm(CLASSES), CROP, given, given.negative, CONTEXT)
 
 
 def total(terms):
@@ -557,3 +559,49 @@ def test_the_rectified_loss_takes_the_divergence_that_it_is_told(divergence):
     weights = SegmentationTerm(CLASSES).balance(CROP, CONTEXT)(given.pseudo_label)
     expected = rectified_terms(logits, given.pseudo_label, weights, divergence=divergence)
     assert total(found).item() == pytest.approx(expected.total().item(), rel=1e-5)
+
+
+def packed(negative):
+    """bool N×C×H×W as the bits that a record holds."""
+    return torch.from_numpy(np.packbits(negative.numpy(), axis=1, bitorder="little"))
+
+
+def test_negative_labels_add_their_loss_where_no_source_was_pasted():
+    torch.manual_seed(3)
+    given, made = batch(), network().eval()
+    negative = torch.rand(2, CLASSES, CROP[1], CROP[0]) < 0.3
+    given = replace(given, extra=packed(negative))
+    plain = rectified().losses(made, given, info())
+    found = rectified(negative=0.5).losses(made, given, info())
+    images, _, pasted = class_mix(
+        given.source, given.source_label, given.target, given.pseudo_label, CLASSES, info().seed
+    )
+    logits = upsample_logits(made(torch.cat((given.source, images))), (CROP[1], CROP[0]))
+    main, aux = negative_terms(Logits(logits.aux[2:], logits.main[2:]), negative & ~pasted[:, None])
+    assert pasted.any()
+    assert found.pop("loss/negative").item() == pytest.approx(0.5 * (main + 0.5 * aux).item(), rel=1e-5)
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {name: value.item() for name, value in plain.items()}
+    )
+
+
+@pytest.mark.parametrize("classes", [5, 8, 9, 19])
+def test_bits_come_back_as_the_classes_that_they_were(classes):
+    negative = torch.rand(2, classes, 3, 4) < 0.5
+    assert torch.equal(_unpacked(packed(negative), classes), negative)
+
+
+def test_negative_labels_are_made_where_their_loss_is_asked_for_and_never_as_published():
+    def second(**more):
+        options = EplcOptions(negative=more.pop("negative", 0.0), selection="min")
+        return stages("eplc", options, **more)[1].labels
+
+    assert not second().rule.negative
+    assert second().extra_column is None
+    assert second(negative=1.0).rule.negative
+    assert second(negative=1.0).extra_column == "negative"
+    assert not second(negative=1.0, faithful=True).rule.negative
+    assert not second().rule.published_min
+    assert second(faithful=True).rule.published_min
+    with pytest.raises(RunError, match="negative is -1.0"):
+        EplcOptions(negative=-1.0)

@@ -603,5 +603,5 @@ def test_negative_labels_are_made_where_their_loss_is_asked_for_and_never_as_pub
     assert not second(negative=1.0, faithful=True).rule.negative
     assert not second().rule.published_min
     assert second(faithful=True).rule.published_min
-    with pytest.raises(RunError, match="negative is -1.0"):
+    with pytest.raises(RunError, match=r"negative is -1\.0"):
         EplcOptions(negative=-1.0)

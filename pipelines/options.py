@@ -82,6 +82,9 @@ class AdaptOptions(DataOptions):
     """Images of each domain in a batch, instead of the preset's."""
     scale: float = 1.0
     """Multiplies every width and height of the preset."""
+    rates: Literal["auto", "published", "flat"] = "auto"
+    """published: heads learn ten times as fast as the backbone, its blocks three times (Q-SH-1), which suits pretrained
+    weights. flat: all parts alike, which suits random ones. auto: the preset's."""
     init: str | None = None
     """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
     (of MRNet or EPLC), or a run directory. Default: random."""

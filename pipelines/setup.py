@@ -231,6 +231,8 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, schedules: int) -> Pres
         size = size.with_steps(options.steps, schedules)
     if options.batch is not None:
         size = size.with_batch(options.batch)
+    if options.rates != "auto":
+        size = replace(size, rates=options.rates)
     if options.scale != 1:
         size = size.with_scale(options.scale)
         smallest = min(min(stage.crop) for stage in size.stages)

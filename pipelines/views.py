@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipelines.autoaugment import autoaugment
+
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
 """Subtracted from 0–255 BGR values: what the DeepLab initialisation expects (methods §2.4)."""
 CROP_DRAWS = 10
@@ -64,6 +66,7 @@ class RandomCrop:
         more_than_values: a crop is drawn again, up to ten times, until its label shows more than this many distinct
             values (255 counts as one); 0 takes the first draw.
         colour: strength of brightness, contrast and saturation jitter; 0 for none.
+        autoaugment: MRNet's part of AutoAugment, on the whole image before the crop (Q-MR-1).
     """
 
     seed: int
@@ -72,6 +75,7 @@ class RandomCrop:
     flip: float = 0.5
     more_than_values: int = 0
     colour: float = 0.0
+    autoaugment: bool = False
 
     def __call__(
         self, images: Tensor, labels: Sequence[Tensor], positions: np.ndarray
@@ -81,6 +85,8 @@ class RandomCrop:
         if self.crop[0] > width or self.crop[1] > height:
             raise ValueError(f"a crop of {self.crop} does not fit into images of {(width, height)}")
         draws = self._draws(positions)
+        if self.autoaugment:
+            images = autoaugment(images, self._policies(positions))
         candidates = self._candidates(draws, (width, height), images.device)
         first = labels[0] if labels and self.more_than_values else None
         boxes = self._choose(candidates, first, (width, height))
@@ -102,6 +108,10 @@ class RandomCrop:
         """Uniform numbers float32 N×(2 + 2·draws + 3): zoom, flip, corners, colours."""
         count = 2 + 2 * CROP_DRAWS + 3
         return np.stack([np.random.default_rng([self.seed, 7, int(p)]).random(count, np.float32) for p in positions])
+
+    def _policies(self, positions: np.ndarray) -> np.ndarray:
+        """Uniform numbers N×5 for AutoAugment, of a stream of their own: without it nothing else changes."""
+        return np.stack([np.random.default_rng([self.seed, 8, int(p)]).random(5) for p in positions])
 
     def _candidates(self, draws: np.ndarray, size: tuple[int, int], device: torch.device) -> Boxes:
         """Boxes N×draws; all draws of a sample share its zoom and flip."""

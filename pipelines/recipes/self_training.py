@@ -63,6 +63,9 @@ class SelfTrainingOptions:
     """Channel dropout rate of the student in stage II."""
     colour: float = 0.3
     """Strength of the colour jitter on what the student sees in stage II."""
+    autoaugment: bool = False
+    """MRNet's part of AutoAugment on what the student sees in stage II. Off by default and as published, though the
+    published command turns it on by accident (Q-MR-1)."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -211,7 +214,11 @@ def self_training_stage(
     # As published: more than 10 values of 19 classes, more than 4 of 9.
     values = PSEUDO_CROP_VALUES if ingredients.num_classes > 9 else ingredients.num_classes // 2
     # A pseudo label that is still all-255 shows one value: it takes its last draw, as a real one may have to.
-    view = replace(training_view(ingredients, schedule, more_than_values=values), colour=options.colour)
+    view = replace(
+        training_view(ingredients, schedule, more_than_values=values),
+        colour=options.colour,
+        autoaugment=options.autoaugment,
+    )
     streams = {"target": ingredients.target(schedule.target_size, view)}
     if options.source_weight > 0:
         streams["source"] = ingredients.source(schedule.source_size, replace(view, seed=view.seed + 1))

@@ -132,3 +132,13 @@ def test_a_run_may_begin_with_its_second_stage_where_it_has_the_weights_of_the_f
 def test_weights_of_another_network_are_refused_before_anything_starts(weights):
     with pytest.raises(RunError, match=r"whole\.pth: the checkpoint belongs to another network"):
         resolve(weights("whole", preset="mini"))
+
+
+def test_rates_are_the_presets_unless_they_are_asked_for(tiny_folder):
+    given = AdaptOptions(preset="tiny", data=str(tiny_folder / "data"))
+    assert resolve(given).preset.rates == "published"
+    for plan in (
+        resolve(replace(given, rates="flat")).plan,
+        *resolve(replace(given, rates="flat")).references.values(),
+    ):
+        assert {group["lr_scale"] for group in plan.stages[-1].optimiser(plan.network()).param_groups} == {1.0}

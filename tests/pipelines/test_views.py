@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.autoaugment import autoaugment
 from pipelines.views import CROP_DRAWS, MEAN_BGR, RandomCrop, Whole, class_mix, network_input
 
 WIDTH, HEIGHT = 40, 24
@@ -227,3 +228,17 @@ def test_a_source_image_without_labels_pastes_nothing():
     assert not mask.any()
     assert torch.equal(images, target)
     assert torch.equal(labels, target_label)
+
+
+def test_autoaugment_changes_colours_alone_and_nothing_that_was_drawn_before():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (6, 40, 60, 3), dtype=np.uint8))
+    labels = torch.from_numpy(rng.integers(0, 5, (6, 40, 60), dtype=np.uint8))
+    positions = np.arange(6)
+    plain, (before,) = RandomCrop(3, (30, 20))(images, (labels,), positions)
+    view = RandomCrop(3, (30, 20), autoaugment=True)
+    found, (after,) = view(images, (labels,), positions)
+    assert torch.equal(before, after)
+    assert 0 < sum(not torch.equal(one, other) for one, other in zip(plain, found, strict=True)) < 6
+    again, _ = RandomCrop(3, (30, 20))(autoaugment(images, view._policies(positions)), (labels,), positions)
+    torch.testing.assert_close(found, again)

@@ -88,11 +88,12 @@ class AlignmentObjective:
             "aux": (target.aux, self.options.adversarial_aux),
             "main": (target.main, self.options.adversarial_main),
         }
-        self._real = fused(upsample_logits(_detached(source), size)).softmax(1)
+        # In float32 whatever the network computed in: the discriminators' own step has no autocast.
+        self._real = fused(upsample_logits(_detached(source), size)).float().softmax(1)
         self.discriminators.requires_grad_(False)
         for name, (logits, weight) in heads.items():
             probabilities = logits.softmax(1)
-            self._fake[name] = probabilities.detach()
+            self._fake[name] = probabilities.detach().float()
             terms[f"loss/adversarial_{name}"] = weight * generator_loss(self.discriminators[name](probabilities))
         memory = memory_regularisation(target)
         active = float(info.stage_step >= MEMORY_FROM * info.stage_steps)

@@ -4,8 +4,9 @@
     python -m bench.ablation --table
 
 Trains stage I once a seed, then every row's self-training from its weights, each in a process of its own, and keeps
-what came out in ``docs/results/ablation.json``: a row that is there already is not run again. ``stage-one`` is stage I
-trained for as many steps as all others have in both stages. The table goes into ``docs/ablation.md``.
+what came out in ``docs/results/ablation.json``: a row that is there already is not run again. ``shared`` is stage I
+itself, ``stage-one`` is stage I trained for as many steps as all others have in both stages. The table goes into
+``docs/ablation.md``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "negative": ("--eplc.negative", "1"),
 }
 NAMES = {
+    "shared": "stage I, where all rows below start (200 steps)",
     "stage-one": "stage I alone, equal steps",
     "plain": "+ MRNet's labels, plain loss",
     "rectified": "+ MRNet's labels, rectified loss",
@@ -126,7 +128,7 @@ def main() -> None:
     """Run rows, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", default="synthia2city")
-    parser.add_argument("--rows", nargs="+", default=[], choices=["stage-one", *ROWS])
+    parser.add_argument("--rows", nargs="+", default=[], choices=["shared", "stage-one", *ROWS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     parser.add_argument("--table", action="store_true")
@@ -136,14 +138,15 @@ def main() -> None:
             if done(row, given.benchmark, seed):
                 continue
             name = f"ablation-{given.benchmark}-{row}-s{seed}"
+            arguments, start = ["--recipe", "mrnet"], []
             if row == "stage-one":
-                arguments = ["--recipe", "mrnet", "--steps", str(STEPS)]
-            else:
+                arguments += ["--steps", str(STEPS)]
+            elif row != "shared":
                 shared = f"ablation-{given.benchmark}-shared-s{seed}"
-                first = train(["--recipe", "mrnet"], shared, given.runs, given.benchmark, seed)
-                arguments = ["--init", str(first), "--from-stage", "2", *ROWS[row]]
-            folder = train(arguments, name, given.runs, given.benchmark, seed)
-            keep(row, folder, arguments if row == "stage-one" else ["--from-stage", "2", *ROWS[row]])
+                start = ["--init", str(train(arguments, shared, given.runs, given.benchmark, seed))]
+                arguments = ["--from-stage", "2", *ROWS[row]]
+            folder = train([*start, *arguments], name, given.runs, given.benchmark, seed)
+            keep(row, folder, arguments)
             print(f"{name}: {json.loads((folder / 'results.json').read_text())['scores']['adapted']['miou']:.1f}")
     if given.table:
         write_page(given.benchmark)

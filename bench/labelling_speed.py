@@ -1,11 +1,11 @@
 """Labelling against the straightforward way: T full passes over four views, and the rule pixel by pixel in Python.
 
-    python -m bench.labelling_speed                     the small network at the demo's label size
-    python -m bench.labelling_speed --network r101      the published one at 1024×512, one image
+    python -m bench.labelling_speed                     the small network at the demo's label size, a chunk of images
+    python -m bench.labelling_speed --published         the published network, views and label size, one image
 
 Both ways use the same network, images and dropout masks, take turns in one run, and must give the same labels. The
-straightforward way is that of the published generators: every pass runs the whole network, every pass's probabilities
-are kept at label size, and the rule looks at one pixel after the other.
+straightforward way is that of the published generators: one image after the other, every pass runs the whole network
+on every view, every pass's probabilities are kept at label size, and the rule looks at one pixel after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,20 @@ RULE = UncertaintyRule("min", min_confidence=0.5)
 def straightforward(
     network: DeepLab, batches: list[Tensor], masks: list[HeadMasks], size: tuple[int, int]
 ) -> np.ndarray:
-    """Label of one image, uint8 H×W."""
+    """Labels of all images, uint8 N×H×W."""
+    return np.stack(
+        [
+            _one([images[n : n + 1] for images in batches], [_masks_of(n, mask) for mask in masks], network, size)
+            for n in range(len(batches[0]))
+        ]
+    )
+
+
+def _masks_of(image: int, mask: HeadMasks) -> HeadMasks:
+    return HeadMasks(mask.aux[:, image : image + 1], mask.main[:, image : image + 1])
+
+
+def _one(batches: list[Tensor], masks: list[HeadMasks], network: DeepLab, size: tuple[int, int]) -> np.ndarray:
     volumes = []
     for t in range(masks[0].main.shape[0]):
         total = torch.zeros(1)
@@ -54,53 +67,54 @@ def straightforward(
 
 
 def ours(network: DeepLab, batches: list[Tensor], masks: list[HeadMasks], size: tuple[int, int]) -> np.ndarray:
-    """The same label, as a teacher makes it."""
-    return monte_carlo_labels(network, trunk_views(network, batches), masks, size, RULE).label[0].numpy()
+    """The same labels, as a teacher makes them."""
+    return monte_carlo_labels(network, trunk_views(network, batches), masks, size, RULE).label.numpy()
 
 
 def main() -> None:
     """Measure, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=("small", "r101"), default="small")
+    parser.add_argument("--published", action="store_true", help="ResNet-101, 1024×512 and 1280×640, 2048×1024 labels")
     parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--images", type=int, default=None, help="in a chunk; 8, or 1 with --published")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.manual_seed(0)
-    small = given.network == "small"
-    network = DeepLab(DeepLabConfig.small() if small else DeepLabConfig()).eval()
+    network = DeepLab(DeepLabConfig() if given.published else DeepLabConfig.small()).eval()
     for head in network.heads():
         torch.nn.init.normal_(head.classifier.weight, std=0.5)  # sure of some pixels, unsure of others
-    width, height = (240, 120) if small else (1024, 512)
-    views = [(width * 4 // 5, height * 4 // 5), (width, height)] if small else [(1024, 512), (1280, 640)]
-    batches = [torch.randn(1, 3, h, w) * 60 for w, h in views]
-    masks = draw_masks(
-        [torch.Generator().manual_seed(1)], views=4, passes=given.passes, channels=network.config.bottleneck_channels
-    )
+    width, height = (2048, 1024) if given.published else (240, 120)
+    views = [(1024, 512), (1280, 640)] if given.published else [(192, 96), (240, 120)]
+    images = given.images or (1 if given.published else 8)
+    batches = [torch.randn(images, 3, h, w) * 60 for w, h in views]
+    generators = [torch.Generator().manual_seed(n) for n in range(images)]
+    masks = draw_masks(generators, views=4, passes=given.passes, channels=network.config.bottleneck_channels)
     seconds: dict[str, list[float]] = {"straightforward": [], "ours": []}
     labels: dict[str, np.ndarray] = {}
     for _ in range(given.rounds):
         for name, way in (("straightforward", straightforward), ("ours", ours)):
             began = time.perf_counter()
             labels[name] = way(network, batches, masks, (height, width))
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append((time.perf_counter() - began) / images)
     ratios = [slow / fast for slow, fast in zip(seconds["straightforward"], seconds["ours"], strict=True)]
     same = float((labels["straightforward"] == labels["ours"]).mean())
     found = {
-        "network": given.network,
+        "network": "resnet101" if given.published else "small",
         "label_size": [width, height],
         "passes": given.passes,
+        "images": images,
         "threads": torch.get_num_threads(),
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "seconds_per_image": {name: statistics.median(values) for name, values in seconds.items()},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "same_pixels": same,
         "kept": float((labels["ours"] != 255).mean()),
     }
-    slow, fast = found["seconds"]["straightforward"], found["seconds"]["ours"]
+    slow, fast = found["seconds_per_image"]["straightforward"], found["seconds_per_image"]["ours"]
     print(
-        f"{given.network}, {width}×{height}, T={given.passes}: straightforward {slow:.2f} s, ours {fast:.3f} s; "
-        f"{found['ratio']:.1f} times as fast ({min(ratios):.1f} to {max(ratios):.1f}); "
+        f"{found['network']}, {width}×{height}, T={given.passes}: straightforward {slow:.3f} s an image, ours "
+        f"{fast:.4f} s; {found['ratio']:.1f} times as fast ({min(ratios):.1f} to {max(ratios):.1f}); "
         f"{same:.4%} of the pixels the same, {found['kept']:.0%} kept"
     )
     if given.json is not None:

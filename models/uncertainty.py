@@ -9,11 +9,12 @@ class's T values at its four grid neighbours. Probabilities are divided by the n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.networks.deeplab import AUX_WEIGHT, DeepLab, HeadFeatures, upsample
@@ -166,20 +167,20 @@ def monte_carlo_labels(
     """
     _check(network, views, masks)
     grids = _pass_probabilities(network, views, masks)
-    images = views[0].features.main.shape[0]
-    parts = [_label_image([grid[n] for grid in grids], size, rule) for n in range(images)]
-
-    def stacked(fields: list[Tensor | None]) -> Tensor | None:
-        present = [field for field in fields if field is not None]
-        return torch.stack(present) if present else None
-
-    return MonteCarloLabels(
-        torch.stack([part.label for part in parts]),
-        torch.stack([part.argmax for part in parts]),
-        torch.stack([part.confidence for part in parts]),
-        stacked([part.lowest for part in parts]),
-        stacked([part.std for part in parts]),
-    )
+    confidence, winner = _winners(grids, size)
+    argmax = winner.to(torch.uint8)
+    withheld = torch.full_like(argmax, IGNORE)
+    if rule.strategy == "mean":
+        label = torch.where(confidence >= rule.min_confidence, argmax, withheld)
+        return MonteCarloLabels(label, argmax, confidence)
+    if rule.strategy == "min":
+        lowest = _winner_statistics(grids, winner, "min")
+        value = _lowest_argmax(grids, size) if rule.published_min else argmax
+        label = torch.where(lowest >= rule.min_confidence, value, withheld)
+        return MonteCarloLabels(label, argmax, confidence, lowest=lowest)
+    std = _winner_statistics(grids, winner, "std")
+    kept = (confidence >= rule.min_confidence) & (std <= rule.max_std)
+    return MonteCarloLabels(torch.where(kept, argmax, withheld), argmax, confidence, std=std)
 
 
 @torch.no_grad()
@@ -204,7 +205,7 @@ def mean_probabilities(
         masks = [_no_dropout(view) for view in views]
     _check(network, views, masks)
     grids = _pass_probabilities(network, views, masks)
-    return torch.stack([upsample(grid.mean(dim=1), size) for grid in grids]).sum(dim=0)
+    return _total([upsample(grid.mean(dim=1), size) for grid in grids])
 
 
 @torch.no_grad()
@@ -241,7 +242,7 @@ def negative_labels(
     for image in range(grids[0].shape[0]):
         mean = spread = None
         for t in range(grids[0].shape[1]):
-            q = torch.stack([upsample(grid[image, t : t + 1], size) for grid in grids]).sum(dim=0)[0]
+            q = _total([upsample(grid[image, t : t + 1], size) for grid in grids])[0]
             if mean is None or spread is None:
                 mean, spread = q, torch.zeros_like(q)
                 continue
@@ -340,62 +341,64 @@ def _pass_probabilities(
     return [total.div_(len(views)) for total in sums.values()]
 
 
-def _label_image(grids: list[Tensor], size: tuple[int, int], rule: UncertaintyRule) -> MonteCarloLabels:
-    """One image: ``grids`` hold its (T, C, h, w) probabilities, already divided by the number of views."""
-    mean = torch.stack([upsample(grid.mean(dim=0, keepdim=True), size) for grid in grids]).sum(dim=0)[0]
-    confidence, winner = mean.max(dim=0)
-    argmax = winner.to(torch.uint8)
-    withheld = torch.full_like(argmax, IGNORE)
-    if rule.strategy == "mean":
-        label = torch.where(confidence >= rule.min_confidence, argmax, withheld)
-        return MonteCarloLabels(label, argmax, confidence)
-    if rule.strategy == "min":
-        lowest = _winner_statistics(grids, winner, "min")
-        value = _lowest_argmax(grids, size) if rule.published_min else argmax
-        label = torch.where(lowest >= rule.min_confidence, value, withheld)
-        return MonteCarloLabels(label, argmax, confidence, lowest=lowest)
-    std = _winner_statistics(grids, winner, "std")
-    kept = (confidence >= rule.min_confidence) & (std <= rule.max_std)
-    return MonteCarloLabels(torch.where(kept, argmax, withheld), argmax, confidence, std=std)
+def _total(volumes: list[Tensor]) -> Tensor:
+    """The sum of fresh tensors of one shape, in the place of the first."""
+    first, *rest = volumes
+    for volume in rest:
+        first.add_(volume)
+    return first
+
+
+def _winners(grids: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Highest mean over passes and its class, float32 and int32 (N, H, W); one image's volume at a time."""
+    found = []
+    for image in range(grids[0].shape[0]):
+        mean = _total([upsample(grid[image].mean(dim=0, keepdim=True), size) for grid in grids])[0]
+        found.append(mean.max(dim=0))
+    return torch.stack([f.values for f in found]), torch.stack([f.indices for f in found]).int()
 
 
 def _winner_statistics(grids: list[Tensor], winner: Tensor, kind: Literal["min", "std"]) -> Tensor:
-    """Minimum or deviation over passes of q_{t,k*}, float (H, W); reads only the winner's grid values.
+    """Minimum or deviation over passes of q_{t,k*}, float (N, H, W); reads only the winner's grid values.
 
     Every pixel is a weighted sum of four neighbours per grid of its winner's T values. With the grids laid
-    out as one table of rows (class, cell) and T columns, that is a weighted bag of embeddings.
+    out as one table of rows (class, cell) and T columns, that is a weighted bag of embeddings. Which neighbours
+    a pixel has, and with which weights, is the same in all images.
     """
-    height, width = winner.shape
-    table = torch.cat([grid.flatten(1).t() for grid in grids])  # (sum of C * h * w, T)
-    device = table.device
-    starts: list[int] = []
-    start = 0
-    axes = []
-    for grid in grids:
-        starts.append(start)
-        start += grid[0].numel()
-        axes.append((_taps(height, grid.shape[-2], device), _taps(width, grid.shape[-1], device)))
+    height, width = winner.shape[-2:]
+    tables = [torch.cat([grid[image].flatten(1).t() for grid in grids]) for image in range(len(winner))]
+    axes = [(_taps(height, grid.shape[-2], grid.device), _taps(width, grid.shape[-1], grid.device)) for grid in grids]
+    cells_of = [grid.shape[-2] * grid.shape[-1] for grid in grids]
+    rows_of = [grid[0, 0].numel() for grid in grids]
+    planes = torch.tensor(cells_of, dtype=torch.int32, device=winner.device).repeat_interleave(4)
+    starts = torch.tensor([sum(rows_of[:i]) for i in range(len(grids))], dtype=torch.int32, device=winner.device)
+    found = torch.empty(winner.shape, dtype=tables[0].dtype, device=winner.device)
     rows_at_once = max(1, PIXELS_AT_ONCE // width)
-    found: list[Tensor] = []
     for top in range(0, height, rows_at_once):
-        part = winner[top : top + rows_at_once, :, None]
-        cells: list[Tensor] = []
-        weights: list[Tensor] = []
-        for grid, first, ((y_cells, y_weights), (x_cells, x_weights)) in zip(grids, starts, axes, strict=True):
-            h, w = grid.shape[-2:]
-            y_cells, y_weights = y_cells[top : top + rows_at_once], y_weights[top : top + rows_at_once]
-            # (rows, width, 4): the four neighbours of each pixel, then the winner's plane of the table.
-            near = (y_cells[:, None, :, None] * w + x_cells[None, :, None, :]).flatten(2)
-            cells.append(near + part * (h * w) + first)
-            weights.append((y_weights[:, None, :, None] * x_weights[None, :, None, :]).flatten(2))
-        values = torch.nn.functional.embedding_bag(
-            torch.cat(cells, dim=2).flatten(0, 1),
-            table,
-            per_sample_weights=torch.cat(weights, dim=2).flatten(0, 1),
-            mode="sum",
+        band = slice(top, top + rows_at_once)
+        # (pixels of the band, 4 per grid): the neighbours' cells, in the first class's plane, and their weights.
+        cells = torch.cat(
+            [
+                start + _outer(ys[0][band] * grid.shape[-1], xs[0], torch.add)
+                for start, grid, (ys, xs) in zip(starts, grids, axes, strict=True)
+            ],
+            dim=1,
         )
-        found.append(values.amin(dim=1) if kind == "min" else values.std(dim=1, correction=0))
-    return torch.cat(found).view(height, width)
+        weights = torch.cat([_outer(ys[1][band], xs[1], torch.mul) for ys, xs in axes], dim=1)
+        for image, table in enumerate(tables):
+            rows = torch.addcmul(cells, winner[image, band].reshape(-1, 1), planes)
+            values = F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+            if kind == "min":
+                part = values.amin(dim=1)
+            else:  # torch.std takes ten times as long over so short an axis
+                part = (values - values.mean(dim=1, keepdim=True)).square_().mean(dim=1).sqrt_()
+            found[image, band] = part.view(-1, width)
+    return found
+
+
+def _outer(ys: Tensor, xs: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Every pixel's two row taps joined with its two column taps, (H * W, 4) from (H, 2) and (W, 2)."""
+    return join(ys[:, None, :, None], xs[None, :, None, :]).reshape(-1, 4)
 
 
 def _taps(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -404,16 +407,19 @@ def _taps(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor
     position = torch.arange(pixels, device=device, dtype=torch.float64) * scale
     low = position.floor().clamp(max=cells - 1)
     share = (position - low).float()
-    first = low.long()
+    first = low.int()
     second = (first + 1).clamp(max=cells - 1)
     return torch.stack([first, second], dim=1), torch.stack([1.0 - share, share], dim=1)
 
 
 def _lowest_argmax(grids: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """Class argmax_c min_t q_{t,c}, uint8 (H, W); one upsampled volume per pass."""
-    lowest: Tensor | None = None
-    for t in range(grids[0].shape[0]):
-        q = torch.stack([upsample(grid[t : t + 1], size) for grid in grids]).sum(dim=0)[0]
-        lowest = q if lowest is None else torch.minimum(lowest, q, out=lowest)
-    assert lowest is not None
-    return lowest.argmax(dim=0).to(torch.uint8)
+    """Class argmax_c min_t q_{t,c}, uint8 (N, H, W); one upsampled volume per image and pass."""
+    found = []
+    for image in range(grids[0].shape[0]):
+        lowest: Tensor | None = None
+        for t in range(grids[0].shape[1]):
+            q = _total([upsample(grid[image, t : t + 1], size) for grid in grids])[0]
+            lowest = q if lowest is None else torch.minimum(lowest, q, out=lowest)
+        assert lowest is not None
+        found.append(lowest.argmax(dim=0).to(torch.uint8))
+    return torch.stack(found)

@@ -155,7 +155,7 @@ class SampleStream:
         ]
 
 
-def _collate(table: pa.Table, size: Size) -> RawBatch:
+def collate(table: pa.Table, size: Size) -> RawBatch:
     """Arrow rows to tensors; pinned where a GPU will take them."""
     width, height = size
     rows = table.num_rows
@@ -242,7 +242,7 @@ class _Segment:
             for reference in read.remote(plan, blocks):
                 table = ray.get(reference)
                 for start in range(0, table.num_rows, share):
-                    self.queue.put(_collate(table.slice(start, share), stream.size))
+                    self.queue.put(collate(table.slice(start, share), stream.size))
             self.queue.put(None)
         except BaseException as error:  # the student, not this thread, decides what an error means
             self.queue.put(error)

@@ -178,7 +178,7 @@ def test_a_batch_is_a_copy_that_pins_no_block(tiny):
     stream = sample_stream(tiny.source)
     table = read_block(files_of(stream, 0, 4), SIZE, tiny.source.label_encoding, NO_CACHE)
     before = pa.total_allocated_bytes()
-    batch = streams._collate(table.slice(1, 2), SIZE)
+    batch = streams.collate(table.slice(1, 2), SIZE)
     assert pa.total_allocated_bytes() <= before + 4096
     np.testing.assert_array_equal(batch.images.numpy(), pixels(table, "image", (18, 32, 3))[1:3])
     np.testing.assert_array_equal(batch.labels.numpy(), pixels(table, "label", (18, 32))[1:3])
@@ -190,7 +190,7 @@ def test_a_batch_is_a_copy_that_pins_no_block(tiny):
 
 def test_skipped_files_of_a_batch_are_listed(tiny, tmp_path):
     files = broken_copy(files_of(sample_stream(tiny.target), 0, 4), {2}, tmp_path)
-    batch = streams._collate(read_block(files, SIZE, None, NO_CACHE), SIZE)
+    batch = streams.collate(read_block(files, SIZE, None, NO_CACHE), SIZE)
     assert batch.labels is None
     assert [Path(p).name for p in batch.skipped] == ["rubbish.png"]
 
@@ -251,7 +251,7 @@ def test_segments_play_as_one_sequence(tiny, reader, split, rank, world):
     assert [batch.positions.tolist() for batch in found] == positions.tolist()
     assert reader.segments == [positions[:4].reshape(-1).tolist(), positions[4:].reshape(-1).tolist()]
     for batch, at in zip(found, positions, strict=True):
-        expected = streams._collate(
+        expected = streams.collate(
             read_block(stream._files(at), SIZE, data.label_encoding if data.labelled else None, NO_CACHE), SIZE
         )
         assert batch.indices.tolist() == expected.indices.tolist() == stream.indices(at).tolist()

@@ -43,6 +43,10 @@ def with_given_labels(stages: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
     labelled = [stage.labels for stage in stages if stage.labels is not None]
     if not labelled:
         raise RunError("this recipe takes no pseudo labels; leave --pseudo-labels out, or choose another --recipe")
+    if len(labelled) > 1:
+        raise RunError(
+            f"--pseudo-labels are one round of labels, and the recipe is to run {len(labelled)}; leave rounds out"
+        )
     for plan in labelled:
         wanted = {name for name, _ in plan.rule.layout.columns}
         if wanted != COLUMNS:

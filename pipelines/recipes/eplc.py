@@ -15,7 +15,7 @@ from actors.protocols import StagePlan
 from pipelines.label_rules import MonteCarloRule
 from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
 from pipelines.recipes.recipe import Ingredients, Recipe
-from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stage
+from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stages
 from pipelines.selections import PercentileSelection
 
 FEW_PIXELS = 288
@@ -94,8 +94,8 @@ def labels_of(ingredients: Ingredients, options: EplcOptions) -> tuple[MonteCarl
 def stages(ingredients: Ingredients, options: EplcOptions) -> tuple[StagePlan, ...]:
     """Stage I of MRNet, then self-training."""
     options = options.published() if ingredients.faithful else options
-    second = self_training_stage(ingredients, options, *labels_of(ingredients, options), negative=options.negative)
-    return alignment_stage(ingredients, MrnetOptions()), second
+    rounds = self_training_stages(ingredients, options, *labels_of(ingredients, options), negative=options.negative)
+    return alignment_stage(ingredients, MrnetOptions()), *rounds
 
 
 RECIPE = Recipe(

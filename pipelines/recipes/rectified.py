@@ -14,7 +14,7 @@ from actors.protocols import StagePlan
 from pipelines.label_rules import MonteCarloRule
 from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
 from pipelines.recipes.recipe import Ingredients, Recipe
-from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stage
+from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stages
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def stages(ingredients: Ingredients, options: RectifiedOptions) -> tuple[StagePl
         max_std=0.0,
         ignore_bottom=bottom(ingredients, options),
     )
-    return alignment_stage(ingredients, MrnetOptions()), self_training_stage(ingredients, options, rule)
+    return alignment_stage(ingredients, MrnetOptions()), *self_training_stages(ingredients, options, rule)
 
 
 RECIPE = Recipe(

@@ -6,6 +6,7 @@ defaults differ from the published systems where those fail on target data in ge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -63,6 +64,9 @@ class SelfTrainingOptions:
     """Channel dropout rate of the student in stage II."""
     colour: float = 0.3
     """Strength of the colour jitter on what the student sees in stage II."""
+    rounds: int = 1
+    """Rounds that share the steps of stage II, each on labels that the network as it then stands has made, and nothing
+    is learned meanwhile (with --refresh once). A published round is a run of its own: --init RUN --from-stage 2."""
     autoaugment: bool = False
     """MRNet's part of AutoAugment on what the student sees in stage II. Off by default and as published, though the
     published command turns it on by accident (Q-MR-1)."""
@@ -75,6 +79,8 @@ class SelfTrainingOptions:
         for name in ("dropout", "ignore_bottom"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; give a rate in [0, 1)")
+        if self.rounds < 1:
+            raise RunError(f"rounds is {self.rounds}; self-training needs at least one")
         if self.mixing == "classes" and self.source_weight == 0:
             raise RunError("mixing='classes' pastes source images, so source_weight must not be 0")
 
@@ -194,14 +200,14 @@ def _mean_weight(class_weights: Tensor, labels: Tensor) -> Tensor:
     return torch.where(valid.any(), total / valid.sum().clamp(min=1), torch.ones_like(total))
 
 
-def self_training_stage(
+def self_training_stages(
     ingredients: Ingredients,
     options: SelfTrainingOptions,
     rule: MonteCarloRule,
     selection: Selection | None = None,
     negative: float = 0.0,
-) -> StagePlan:
-    """Stage II.
+) -> tuple[StagePlan, ...]:
+    """Stage II, in as many rounds as the options say.
 
     Args:
         ingredients: of the run.
@@ -209,7 +215,41 @@ def self_training_stage(
         rule: how labels are made.
         selection: what a reader keeps of them, where that needs the whole set.
         negative: weight of the loss on negative labels, which the rule then makes.
+
+    Raises:
+        RunError: there are fewer steps than rounds, or labels are made without end and so in no rounds.
     """
+    stage, rounds = _self_training_stage(ingredients, options, rule, selection, negative), options.rounds
+    if rounds == 1:
+        return (stage,)
+    if ingredients.refresh == "continuous":
+        raise RunError(f"rounds is {rounds}, but labels are made without end; add --refresh once, or leave rounds out")
+    if stage.steps < rounds:
+        raise RunError(f"{stage.steps} steps of self-training cannot be {rounds} rounds; give more --steps")
+    begins = [stage.steps * k // rounds for k in range(rounds + 1)]
+    return tuple(
+        replace(
+            stage,
+            name=f"{stage.name}, round {k + 1}",
+            steps=begins[k + 1] - begins[k],
+            learning_rate=partial(_later, stage.learning_rate, begins[k]),
+        )
+        for k in range(rounds)
+    )
+
+
+def _later(rate: Callable[[int], float], begun: int, step: int) -> float:
+    """A learning rate whose schedule began earlier."""
+    return rate(begun + step)
+
+
+def _self_training_stage(
+    ingredients: Ingredients,
+    options: SelfTrainingOptions,
+    rule: MonteCarloRule,
+    selection: Selection | None,
+    negative: float,
+) -> StagePlan:
     preset, schedule = ingredients.preset, ingredients.preset.stages[1]
     # As published: more than 10 values of 19 classes, more than 4 of 9.
     values = PSEUDO_CROP_VALUES if ingredients.num_classes > 9 else ingredients.num_classes // 2

@@ -605,3 +605,32 @@ def test_negative_labels_are_made_where_their_loss_is_asked_for_and_never_as_pub
     assert second(faithful=True).rule.published_min
     with pytest.raises(RunError, match=r"negative is -1\.0"):
         EplcOptions(negative=-1.0)
+
+
+@pytest.mark.parametrize(("name", "options"), [("eplc", EplcOptions), ("rectified", RectifiedOptions)])
+def test_rounds_share_the_steps_and_the_schedule_of_self_training(name, options):
+    _, whole = stages(name, options(), refresh="once")
+    first, *rounds = stages(name, options(rounds=3), refresh="once")
+    assert first.labels is None
+    assert [stage.steps for stage in rounds] == [16_666, 16_667, 16_667]
+    assert [stage.name for stage in rounds] == [f"self-training, round {k}" for k in (1, 2, 3)]
+    assert all(stage.labels.policy.refresh == "once" for stage in rounds)
+    rates = [stage.learning_rate(step) for stage in rounds for step in (0, 10_000)]
+    assert rates == [whole.learning_rate(step) for step in (0, 10_000, 16_666, 26_666, 33_333, 43_333)]
+
+
+def test_rounds_without_an_end_or_without_steps_are_refused():
+    with pytest.raises(RunError, match="add --refresh once"):
+        stages("eplc", EplcOptions(rounds=2))
+    with pytest.raises(RunError, match="1 steps of self-training cannot be 2 rounds"):
+        short = preset("full", benchmark("gta2city")).with_steps(2)
+        recipe("eplc").stages(ingredients("full", refresh="once", preset=short), EplcOptions(rounds=2))
+    with pytest.raises(RunError, match="rounds is 0"):
+        EplcOptions(rounds=0)
+
+
+def test_a_few_labels_are_learned_from_in_every_round():
+    made = ingredients("mini", refresh="once", few=Opener("few"))
+    rounds = with_few_labels(recipe("eplc").stages(made, EplcOptions(rounds=3)), made)
+    assert len(rounds) == 4
+    assert all("labelled" in stage.streams for stage in rounds)

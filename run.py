@@ -388,6 +388,8 @@ def _export(options: ExportOptions, console: Console) -> int:
         f"{done.parameters:,} parameters of step {done.step} are in {done.weights}, their options in {done.options}",
         highlight=False,
     )
+    if done.discriminators:
+        console.print(f"discriminators: {', '.join(map(str, done.discriminators))}", highlight=False)
     return 0
 
 
@@ -546,7 +548,7 @@ def _print_recommended(results: dict[str, Any], console: Console) -> None:
 
 
 def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console: Console) -> None:
-    from pipelines.results import protocol_sentence
+    from pipelines.results import protocol_sentence, score_lines
 
     table = Table(
         title=f"{results['benchmark']} ({results['data']}), recipe {results['recipe']}, seed {results['seed']}: "
@@ -564,6 +566,8 @@ def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console:
         if any(cell is not None for cell in cells):
             table.add_row(escape(name), *("–" if cell is None else f"{cell:.1f}" for cell in cells))
     console.print(table)
+    if results["scores"].get("adapted"):
+        console.print("\n".join(score_lines(results)), highlight=False)
     if results.get("target_labels"):
         console.print(f"adapted also learned from the labels of {results['target_labels']} target images")
     if results.get("gap_closed") is not None:

@@ -83,9 +83,9 @@ class MonteCarloLabels:
     confidence: Tensor
     """float32: m_k*, in 0..1."""
     lowest: Tensor | None = None
-    """float32: min over passes of q_{t,k*}; strategy min only."""
+    """float32: min over passes of q_{t,k*}; strategy min, or where asked."""
     std: Tensor | None = None
-    """float32: population standard deviation of q_{t,k*} over passes; strategy std only."""
+    """float32: population standard deviation of q_{t,k*} over passes; strategy std, or where asked."""
 
     def quantised(self) -> Tensor:
         """The confidence in 255 steps, uint8."""
@@ -146,6 +146,8 @@ def monte_carlo_labels(
     masks: Sequence[HeadMasks],
     size: tuple[int, int],
     rule: UncertaintyRule,
+    *,
+    statistics: bool = False,
 ) -> MonteCarloLabels:
     """Labels and statistics of T dropout passes over every view.
 
@@ -158,6 +160,7 @@ def monte_carlo_labels(
         masks: as many as views, see ``draw_masks``.
         size: label (height, width).
         rule: what to keep.
+        statistics: also return the statistics that the rule does not ask for.
 
     Returns:
         Labels of N images.
@@ -170,17 +173,18 @@ def monte_carlo_labels(
     confidence, winner = _winners(grids, size)
     argmax = winner.to(torch.uint8)
     withheld = torch.full_like(argmax, IGNORE)
-    if rule.strategy == "mean":
-        label = torch.where(confidence >= rule.min_confidence, argmax, withheld)
-        return MonteCarloLabels(label, argmax, confidence)
-    if rule.strategy == "min":
+    lowest = std = None
+    kept, value = confidence >= rule.min_confidence, argmax
+    if rule.strategy == "min" or statistics:
         lowest = _winner_statistics(grids, winner, "min")
+    if rule.strategy == "std" or statistics:
+        std = _winner_statistics(grids, winner, "std")
+    if rule.strategy == "min" and lowest is not None:
+        kept = lowest >= rule.min_confidence
         value = _lowest_argmax(grids, size) if rule.published_min else argmax
-        label = torch.where(lowest >= rule.min_confidence, value, withheld)
-        return MonteCarloLabels(label, argmax, confidence, lowest=lowest)
-    std = _winner_statistics(grids, winner, "std")
-    kept = (confidence >= rule.min_confidence) & (std <= rule.max_std)
-    return MonteCarloLabels(torch.where(kept, argmax, withheld), argmax, confidence, std=std)
+    if rule.strategy == "std" and std is not None:
+        kept = kept & (std <= rule.max_std)
+    return MonteCarloLabels(torch.where(kept, value, withheld), argmax, confidence, lowest, std)
 
 
 @torch.no_grad()

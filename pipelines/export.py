@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 from actors.errors import RunError
 from models.networks.deeplab import DeepLab
 from pipelines.trained import Description, check_fits, read_description
-from pipelines.weights import Weights, newest_weights
+from pipelines.weights import Weights, newest_state
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,13 @@ class Exported:
     options: Path
     step: int
     parameters: int
+    discriminators: tuple[Path, ...] = ()
 
 
 def export_mrnet(run: str, out: str, weights: Weights = "last") -> Exported:
     """Write ``GTA5_<step>.pth``, a flat state dict as MRNet's and EPLC's, and the ``opts.yaml`` that their code needs.
+
+    Of a step of stage I also the discriminators of the auxiliary and of the primary head, ``_D1`` and ``_D2``.
 
     Args:
         run: run directory.
@@ -39,35 +43,49 @@ def export_mrnet(run: str, out: str, weights: Weights = "last") -> Exported:
     """
     folder = Path(run).absolute()
     description = read_description(folder)
-    step, arrays = newest_weights(folder, weights)
+    saved = newest_state(folder, weights)
+    step, state = saved["step"], saved["teaching"]["network"]
     with torch.device("meta"):
         network = DeepLab(description.config)
-    check_fits(network, arrays, folder)
-    state = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    check_fits(network, state, folder)
+    critics = _discriminators(saved.get("objective", {}))
     target = Path(out).absolute()
     written = Exported(
         target / f"GTA5_{step}.pth",
         target / "opts.yaml",
         step,
         sum(parameter.numel() for parameter in network.parameters()),
+        tuple(target / f"GTA5_{step}_D{number}.pth" for number in range(1, len(critics) + 1)),
     )
     try:
         target.mkdir(parents=True, exist_ok=True)
         _by_rename(written.weights, lambda path: torch.save(state, path))
+        for path, critic in zip(written.discriminators, critics, strict=True):
+            _by_rename(path, partial(torch.save, critic))
         _by_rename(written.options, lambda path: path.write_text(_options(description), encoding="utf-8"))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise RunError(f"the weights cannot be written to {target}: {str(error).splitlines()[0]}") from error
     return written
 
 
+def _discriminators(objective: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """State dicts of the auxiliary head's and the primary head's, where an objective has them."""
+    found = objective.get("inner", objective).get("discriminators", {})
+    heads = [
+        {name.removeprefix(f"{head}."): tensor for name, tensor in found.items() if name.startswith(f"{head}.")}
+        for head in ("aux", "main")
+    ]
+    return [head for head in heads if head]
+
+
 def _by_rename(path: Path, write: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    half = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
-        partial.rename(path)
+        write(half)
+        half.rename(path)
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            half.unlink(missing_ok=True)
 
 
 def _options(description: Description) -> str:

@@ -15,11 +15,21 @@ from actors.records import RecordLayout
 from models.losses import IGNORE
 from models.networks.deeplab import DeepLab
 from models.selection import confidence_histogram
-from models.uncertainty import UncertaintyRule, draw_masks, monte_carlo_labels, negative_labels, trunk_views
+from models.uncertainty import (
+    UncertaintyRule,
+    draw_masks,
+    monte_carlo_labels,
+    negative_labels,
+    quantise,
+    trunk_views,
+)
 from pipelines.views import network_input
 
 Size = tuple[int, int]
 NEGATIVE = "negative"
+LOWEST, DEVIATION = "lowest", "deviation"
+DEVIATION_STEPS = 510
+"""Steps of 1/510 reach the largest deviation that probabilities can have, ½."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class MonteCarloRule:
         ignore_bottom: share of the label's height, from below, that is always withheld and never counted.
         published_min: ``min`` stores the class whose lowest pass is highest, and not the one that it tests (Q-EP-3).
         negative: also records which classes a pixel surely is not, a bit a class (column :data:`NEGATIVE`).
+        statistics: also records the winner's lowest pass in steps of 1/255 (:data:`LOWEST`) and its deviation over the
+            passes in steps of 1/510 (:data:`DEVIATION`).
     """
 
     num_classes: int
@@ -51,6 +63,7 @@ class MonteCarloRule:
     ignore_bottom: float = 0.0
     published_min: bool = False
     negative: bool = False
+    statistics: bool = False
 
     @property
     def layout(self) -> RecordLayout:
@@ -59,6 +72,8 @@ class MonteCarloRule:
         columns: tuple[tuple[str, tuple[int, ...]], ...] = (("label", shape), ("confidence", shape))
         if self.negative:
             columns += ((NEGATIVE, (-(-self.num_classes // 8), *shape)),)
+        if self.statistics:
+            columns += ((LOWEST, shape), (DEVIATION, shape))
         return RecordLayout(columns, self.num_classes)
 
     @property
@@ -85,7 +100,7 @@ class MonteCarloRule:
                 self.keep, min_confidence=self.threshold, max_std=self.max_std, published_min=self.published_min
             )
         size = self.label_size[1], self.label_size[0]
-        made = monte_carlo_labels(network, features, masks, size, rule)
+        made = monte_carlo_labels(network, features, masks, size, rule, statistics=self.statistics)
         labels, winners = made.label.cpu().numpy(), made.argmax.cpu().numpy()
         confidences = made.quantised().cpu().numpy()
         first = self.label_size[1] - round(self.ignore_bottom * self.label_size[1])
@@ -94,7 +109,12 @@ class MonteCarloRule:
         if self.negative:
             bits = negative_labels(network, features, masks, size).cpu().numpy()
             bits[:, :, first:] = False
-            more = [{NEGATIVE: np.packbits(image, axis=0, bitorder="little")} for image in bits]
+            for columns, image in zip(more, bits, strict=True):
+                columns[NEGATIVE] = np.packbits(image, axis=0, bitorder="little")
+        if self.statistics and made.lowest is not None and made.std is not None:
+            steps = quantise(made.lowest).cpu().numpy(), quantise(made.std * (DEVIATION_STEPS / 255)).cpu().numpy()
+            for columns, lowest, deviation in zip(more, *steps, strict=True):
+                columns |= {LOWEST: lowest, DEVIATION: deviation}
         return [
             Labelled(
                 {"label": label, "confidence": confidence, **columns},

@@ -85,6 +85,15 @@ class AdaptOptions(DataOptions):
     rates: Literal["auto", "published", "flat"] = "auto"
     """published: heads learn ten times as fast as the backbone, its blocks three times (Q-SH-1), which suits pretrained
     weights. flat: all parts alike, which suits random ones. auto: the preset's."""
+    hard_pixels: float | None = None
+    """Percentile of the supervised loss below which a pixel is not learned from (hard-pixel mining); 0 learns from all.
+    Default: 0, and 80 with --faithful."""
+    rare_weight: float | None = None
+    """Weight in the supervised loss of a class with few pixels in a batch, and again of one that is rarely in any.
+    Default: 2.5, and 7 with --faithful."""
+    norm_affine: Literal["auto", "train", "freeze"] = "auto"
+    """Whether the scales and shifts of the backbone's batch norms learn in stage I. auto: train, and freeze with
+    --faithful, which presumes a pretrained backbone."""
     init: str | None = None
     """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
     (of MRNet or EPLC), or a run directory. Default: random."""
@@ -140,6 +149,10 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--scale is {self.scale}; give a factor from 0.1 to 20")
         if self.pseudo_labels is not None and self.refresh == "continuous":
             raise RunError("--pseudo-labels are one round that nobody makes anew; leave --refresh continuous out")
+        if self.hard_pixels is not None and not 0 <= self.hard_pixels < 100:
+            raise RunError(f"--hard-pixels is {self.hard_pixels:g}; give a percentile from 0 to less than 100")
+        if self.rare_weight is not None and not 1 <= self.rare_weight <= 100:
+            raise RunError(f"--rare-weight is {self.rare_weight:g}; give a factor from 1 to 100")
         if self.from_stage < 1:
             raise RunError(f"--from-stage is {self.from_stage}; stages are counted from 1")
         if self.from_stage > 1 and self.init is None:

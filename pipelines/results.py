@@ -98,6 +98,20 @@ def protocol_sentence(protocol: dict[str, Any]) -> str:
     )
 
 
+def score_lines(results: dict[str, Any]) -> list[str]:
+    """The adapted network's score on every protocol of classes, each with all that decides it beside the classes.
+
+    Args:
+        results: ``results.json``, with a score.
+    """
+    how = results["protocol"]
+    (width, height), tta = how["label_size"], " + TTA" if len(how["views"]) > 1 else ""
+    largest = "×".join(map(str, max(how["views"])[:2]))
+    where = f"({how['network']}, {largest}{tta}, label size {width}×{height})"
+    scores = results["scores"]["adapted"]["protocols"]
+    return [f"mIoU{name} = {score:.1f} {where}" for name, score in scores.items()]
+
+
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
     commit = _commit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,14 @@ def load_trained(folder: str | Path, device: torch.device, weights: Weights = "l
     return Trained(folder, step, description, network.to(device).eval().requires_grad_(False))
 
 
-def check_fits(network: torch.nn.Module, weights: dict[str, np.ndarray], folder: Path) -> None:
+def check_fits(network: torch.nn.Module, weights: Mapping[str, np.ndarray | torch.Tensor], folder: Path) -> None:
     """Refuse weights of another network.
 
     Raises:
         RunError: names or shapes differ.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    if expected != {name: array.shape for name, array in weights.items()}:
+    if expected != {name: tuple(array.shape) for name, array in weights.items()}:
         raise RunError(f"the checkpoint in {folder} is of another network than the one described beside it")
 
 

@@ -24,7 +24,13 @@ WRAPPERS = ("state_dict",)
 
 
 def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
-    """Step and teaching weights of a run.
+    """Step and teaching weights of a run; see :func:`newest_state`."""
+    state = newest_state(folder, weights)
+    return state["step"], {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
+
+
+def newest_state(folder: Path, weights: Weights = "last") -> dict[str, Any]:
+    """What a run has saved of a step.
 
     Args:
         folder: run directory.
@@ -38,7 +44,7 @@ def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[s
         raise RunError(f"{folder} recommends no step yet; its first one is looked at some steps into the run")
     if state is None:
         raise RunError(f"{folder} has no checkpoint yet; resume the run first: python run.py --resume {folder}")
-    return state["step"], {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
+    return state
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from actors.records import decode
 from actors.teacher import Labeller
 from models.networks.deeplab import DeepLab
 from models.uncertainty import mean_probabilities, trunk_views
+from pipelines.label_rules import MonteCarloRule
 from pipelines.options import DataOptions, read_config
 from pipelines.pseudo_labels.layouts import LAYOUTS, FileLayout, FolderLayout, Layout
 from pipelines.pseudo_labels.table import PseudoLabel, open_table
@@ -79,6 +80,8 @@ def export_labels(
     step, arrays = newest_weights(folder, weights)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if layout != "parquet" and LAYOUTS[layout].probability and isinstance(plan.rule, MonteCarloRule):
+        plan = replace(plan, rule=replace(plan.rule, negative=True, statistics=True))
     labeller = Labeller(setup.plan.network, setup.target_reader, {0: plan}, setup.options.seed, device)
     check_fits(labeller.network, arrays, folder)
     labeller.load(step, arrays)
@@ -86,7 +89,7 @@ def export_labels(
     with _readable_write_errors(done.out):
         if layout == "parquet":
             with open_table(done.out, setup.benchmark.classes.names) as table:
-                for item, _ in _labelled(setup, labeller, plan, done, progress):
+                for item, *_ in _labelled(setup, labeller, plan, done, progress):
                     table.add(item)
             return done
         chosen = LAYOUTS[layout]
@@ -96,16 +99,16 @@ def export_labels(
             for image_path, probabilities in _soft(setup, labeller, plan, device, done, progress):
                 chosen.write_soft(done.out, image_path, probabilities, ids)
             return done
-        for item, image_path in _labelled(setup, labeller, plan, done, progress):
+        for item, image_path, record in _labelled(setup, labeller, plan, done, progress):
             assert item.confidence is not None
-            chosen.write(done.out, image_path, item.label, item.confidence, ids, setup.benchmark.classes)
+            chosen.write(done.out, image_path, item.label, item.confidence, ids, setup.benchmark.classes, record)
     return done
 
 
 def _labelled(
     setup: Setup, labeller: Labeller, plan: LabelPlan, done: Exchanged, progress: Progress
-) -> Iterator[tuple[PseudoLabel, str]]:
-    """Every image that can be read, labelled and selected, with its path."""
+) -> Iterator[tuple[PseudoLabel, str, dict[str, np.ndarray]]]:
+    """Every image that can be read, labelled and selected, with its path and its record."""
     target, rows = setup.domains.target, plan.rule.layout.rows_per_block(len(setup.domains.target))
     histogram = np.zeros((plan.rule.num_classes, 256), np.int64)
     assert done.step is not None
@@ -133,7 +136,7 @@ def _labelled(
                         label = plan.selection.apply(record, thresholds)
                     if image_path not in broken:
                         done.add(label)
-                        yield PseudoLabel(image_id, np.array(label), np.array(record["confidence"])), image_path
+                        yield PseudoLabel(image_id, np.array(label), np.array(record["confidence"])), image_path, record
 
 
 def _soft(

@@ -6,10 +6,10 @@ A folder layout names a label's file by its image's: ``{city}`` is the folder th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from actors.errors import RunError, UnreadableImage
 from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import BROKEN_FILE, image_size
+from pipelines.label_rules import DEVIATION, DEVIATION_STEPS, LOWEST, NEGATIVE
 
 FolderLayout = Literal["mrnet", "eplc", "eplc-min", "proda", "proda-soft", "fada", "bisenet"]
 FileLayout = Literal["parquet", FolderLayout]
@@ -61,7 +62,9 @@ class Layout:
         label: the label's file below the folder; a PNG, or for soft labels an array.
         colour: a PNG in the classes' colours.
         heat: a PNG of the confidence as a heat map.
-        probability: an NPZ with ``prob``, float32 (H, W) in [0, 1].
+        probability: an NPZ of what is known of the winner's probability, each (H, W) float32 in [0, 1] and each perhaps
+            missing: ``prob`` (mean over passes), ``min_prob`` (lowest pass), ``std``; and ``neg``, uint8 (⌈C/8⌉, H, W),
+            a bit a class that the pixel surely is not, the lowest bit first.
         confidence: a NumPy array, float16 (H, W) in [0, 1].
         contiguous: whether numbers count the classes of the benchmark's first protocol instead of being train ids.
         withheld: the number of a withheld pixel.
@@ -116,6 +119,7 @@ class Layout:
         confidence: NDArray[np.uint8],
         ids: Ids,
         classes: ClassSet,
+        more: Mapping[str, NDArray[np.uint8]] | None = None,
     ) -> None:
         """Write one label and what goes with it; not for soft layouts.
 
@@ -126,6 +130,7 @@ class Layout:
             confidence: uint8 (H, W) in steps of 1/255.
             ids: see :meth:`ids`.
             classes: for the colours.
+            more: what else a record of :class:`pipelines.label_rules.MonteCarloRule` holds.
 
         Raises:
             OSError: the disk is full or the folder cannot be written.
@@ -144,7 +149,8 @@ class Layout:
         if self.heat is not None:
             pictures.save(Image.fromarray(pictures.heat(share)), self.path(folder, image_path, self.heat))
         if self.probability is not None:
-            np.savez_compressed(self.path(folder, image_path, self.probability), prob=share)
+            arrays = {"prob": share, **_statistics(more or {}, size)}
+            np.savez_compressed(self.path(folder, image_path, self.probability), **arrays)
         if self.confidence is not None:
             np.save(self.path(folder, image_path, self.confidence), share.astype(np.float16))
 
@@ -194,6 +200,21 @@ class Layout:
         return _in_steps(share)
 
 
+def _statistics(record: Mapping[str, NDArray[np.uint8]], size: tuple[int, int] | None) -> dict[str, Any]:
+    """What an NPZ holds beside ``prob``, at (width, height)."""
+
+    def sized(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return plane if size is None else pictures.shrunk(plane, size)
+
+    found: dict[str, Any] = {}
+    for name, column, steps in (("min_prob", LOWEST, 255), ("std", DEVIATION, DEVIATION_STEPS)):
+        if column in record:
+            found[name] = sized(record[column]).astype(np.float32) / np.float32(steps)
+    if NEGATIVE in record:
+        found["neg"] = np.stack([sized(plane) for plane in record[NEGATIVE]])
+    return found
+
+
 def _loaded(path: Path, name: str | None = None) -> NDArray[np.float32]:
     """An array from an NPY file, or one of an NPZ file, as float32.
 
@@ -226,8 +247,10 @@ LAYOUTS: dict[FolderLayout, Layout] = {
         colour="{city}/{stem}_color.png",
         heat="{city}/{stem}_heatmap.png",
     ),
-    "eplc": Layout("EPLC: mean labels and prob", "{city}/{stem}.png", probability="{city}/{stem}.npz"),
-    "eplc-min": Layout("EPLC: min or std labels and prob", "{city}/{stem}_2.png", probability="{city}/{stem}.npz"),
+    "eplc": Layout("EPLC: mean labels, prob, min_prob, std, neg", "{city}/{stem}.png", probability="{city}/{stem}.npz"),
+    "eplc-min": Layout(
+        "EPLC: min or std labels, prob, min_prob, std, neg", "{city}/{stem}_2.png", probability="{city}/{stem}.npz"
+    ),
     "proda": Layout(
         "ProDA, hard: contiguous ids, 250 = withheld",
         "{stem}.png",

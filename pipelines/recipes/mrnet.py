@@ -155,8 +155,7 @@ def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePla
             preset.discriminator_width,
             schedule.horizon,
         ),
-        # As published they stay frozen, which presumes a pretrained backbone.
-        optimiser=sgd(preset, train_norm_affine=not ingredients.faithful),
+        optimiser=sgd(preset, train_norm_affine=_train_norm_affine(ingredients)),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         ema_decay=None if ingredients.faithful else preset.ema_decay,
         statistics="running" if ingredients.faithful else "target",
@@ -164,6 +163,11 @@ def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePla
         clip_norm=preset.clip_norm,
         plain_view=Whole(),
     )
+
+
+def _train_norm_affine(ingredients: Ingredients) -> bool:
+    """As published they stay frozen, which presumes a pretrained backbone."""
+    return ingredients.norm_affine == "train" or (ingredients.norm_affine == "auto" and not ingredients.faithful)
 
 
 def _detached(logits: Logits) -> Logits:

@@ -153,6 +153,9 @@ class Ingredients:
         target: opens the unlabelled target stream.
         target_labelled: opens the labelled target stream; only the oracle may, and None on data without labels.
         few: opens the stream of those few target images whose labels the user lets a run learn from, or None.
+        hard_pixels: percentile below which the supervised loss leaves pixels out; None for the recipe's own.
+        rare_weight: weight of small and of absent classes; None for the recipe's own.
+        norm_affine: whether the backbone's batch-norm affine parameters learn in stage I; auto as ``faithful`` says.
     """
 
     preset: Preset
@@ -166,6 +169,9 @@ class Ingredients:
     target: Callable[[Size, View], Stream]
     target_labelled: Callable[[Size, View], Stream] | None
     few: Callable[[Size, View], Stream] | None = None
+    hard_pixels: float | None = None
+    rare_weight: float | None = None
+    norm_affine: Literal["auto", "train", "freeze"] = "auto"
 
 
 @dataclass(frozen=True)

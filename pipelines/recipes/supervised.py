@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,11 +65,14 @@ PUBLISHED_MAX_VALUE = 7.0
 
 def segmentation_term(ingredients: Ingredients) -> SegmentationTerm:
     """The supervised loss of a run, the same in its recipe and in its reference runs."""
-    if not ingredients.faithful:
-        return SegmentationTerm(ingredients.num_classes)
-    return SegmentationTerm(
-        ingredients.num_classes, hard_percentile=PUBLISHED_HARD_PERCENTILE, max_value=PUBLISHED_MAX_VALUE
-    )
+    term = SegmentationTerm(ingredients.num_classes)
+    if ingredients.faithful:
+        term = replace(term, hard_percentile=PUBLISHED_HARD_PERCENTILE, max_value=PUBLISHED_MAX_VALUE)
+    if ingredients.hard_pixels is not None:
+        term = replace(term, hard_percentile=ingredients.hard_pixels)
+    if ingredients.rare_weight is not None:
+        term = replace(term, max_value=ingredients.rare_weight)
+    return term
 
 
 class SupervisedObjective:

@@ -7,6 +7,7 @@ import torch
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.discriminators import MultiScaleDiscriminator
 from pipelines.export import export_mrnet
 from pipelines.weights import load_initial
 from tests.models.conftest import GOLDEN
@@ -27,6 +28,21 @@ def test_a_flat_state_dict_and_its_options_are_written(tmp_path):
         "num_classes: 3",
     ]
     assert done.parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_discriminators_of_stage_one_are_written_beside_it_in_the_published_layout(tmp_path):
+    setup, network = finished_run(tmp_path)
+    critics = torch.nn.ModuleDict({head: MultiScaleDiscriminator(19) for head in ("aux", "main")})
+    for objective in ({"discriminators": critics.state_dict()}, {"inner": {"discriminators": critics.state_dict()}}):
+        state = {"step": 4, "teaching": {"network": network.state_dict()}, "objective": objective}
+        assert CheckpointStore(Path(setup.plan.folder) / "checkpoints").save(4, state) is None
+        done = export_mrnet(setup.plan.folder, str(tmp_path / "out"))
+        assert [path.name for path in done.discriminators] == ["GTA5_4_D1.pth", "GTA5_4_D2.pth"]
+        keys = json.loads((GOLDEN / "mrnet_keys.json").read_text())["ms_discriminator"]
+        for path, head in zip(done.discriminators, ("aux", "main"), strict=True):
+            written = torch.load(path, weights_only=True)
+            assert {name: list(tensor.shape) for name, tensor in written.items()} == keys
+            torch.testing.assert_close(written, dict(critics[head].state_dict()))
 
 
 @pytest.mark.slow

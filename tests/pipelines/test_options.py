@@ -43,6 +43,20 @@ def test_a_folder_without_a_config_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"hard_pixels": 100.0}, "--hard-pixels is 100; give a percentile"),
+        ({"hard_pixels": float("nan")}, "--hard-pixels is nan"),
+        ({"rare_weight": 0.5}, "--rare-weight is 0.5; give a factor"),
+        ({"norm_affine": "maybe"}, "norm_affine is 'maybe'; choose one of"),
+    ],
+)
+def test_a_switch_of_the_published_code_that_cannot_work_is_refused(bad, text):
+    with pytest.raises(RunError, match=text):
+        AdaptOptions(**bad)
+
+
+@pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"magic": 1}, "magic"),

@@ -19,7 +19,7 @@ from pipelines.recipes.optimisation import sgd
 from pipelines.recipes.recipe import Ingredients, preset
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.recipes.self_training import SelfTrainingObjective, _unpacked
-from pipelines.recipes.supervised import SegmentationTerm, SupervisedObjective, reference_stages
+from pipelines.recipes.supervised import SegmentationTerm, SupervisedObjective, reference_stages, segmentation_term
 from pipelines.views import class_mix
 
 CLASSES = 5
@@ -149,6 +149,27 @@ def test_every_supervised_term_of_a_run_keeps_the_same_pixels(faithful, percenti
         *reference_stages(given, "target", 10),
     ]
     assert [stage.objective(CONTEXT).term.hard_percentile for stage in every] == [percentile] * 5
+
+
+def test_mining_and_rare_classes_have_switches_that_hold_with_faithful_and_in_the_references():
+    for faithful in (False, True):
+        given = ingredients("mini", faithful=faithful, refresh="once", hard_pixels=50.0, rare_weight=3.0)
+        every = [*recipe("eplc").stages(given, EplcOptions()), *reference_stages(given, "source", 10)]
+        terms = [stage.objective(CONTEXT).term for stage in every]
+        assert [(term.hard_percentile, term.max_value) for term in terms] == [(50.0, 3.0)] * 3
+    learned_from_all = segmentation_term(ingredients("mini", faithful=True, hard_pixels=0.0))
+    assert (learned_from_all.hard_percentile, learned_from_all.max_value) == (0.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("faithful", "asked", "learn"),
+    [(False, "auto", True), (True, "auto", False), (True, "train", True), (False, "freeze", False)],
+)
+def test_norm_scales_learn_in_stage_one_unless_published_or_asked_otherwise(faithful, asked, learn):
+    (stage,) = stages("mrnet", MrnetOptions(), faithful=faithful, norm_affine=asked)
+    network = DeepLab(CONFIG)
+    optimised = {id(p) for group in stage.optimiser(network).param_groups for p in group["params"]}
+    assert (id(network.layer1[0].bn1.weight) in optimised) == learn
 
 
 def test_full_size_keeps_the_published_rates_and_a_random_network_learns_alike_everywhere():
@@ -622,9 +643,9 @@ def test_rounds_share_the_steps_and_the_schedule_of_self_training(name, options)
 def test_rounds_without_an_end_or_without_steps_are_refused():
     with pytest.raises(RunError, match="add --refresh once"):
         stages("eplc", EplcOptions(rounds=2))
+    short = ingredients("full", refresh="once", preset=preset("full", benchmark("gta2city")).with_steps(2))
     with pytest.raises(RunError, match="1 steps of self-training cannot be 2 rounds"):
-        short = preset("full", benchmark("gta2city")).with_steps(2)
-        recipe("eplc").stages(ingredients("full", refresh="once", preset=short), EplcOptions(rounds=2))
+        recipe("eplc").stages(short, EplcOptions(rounds=2))
     with pytest.raises(RunError, match="rounds is 0"):
         EplcOptions(rounds=0)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.options import AdaptOptions
-from pipelines.results import assemble, write_json
+from pipelines.results import assemble, score_lines, write_json
 from pipelines.setup import resolve
 
 DESIGN = {
@@ -44,6 +44,17 @@ def results(setup, **scores):
     return assemble(
         setup, {name: score(v) for name, v in scores.items()}, STUDENT, TEACHERS, {"adapt": 1.234}, label_free=FREE
     )
+
+
+def test_a_score_stands_with_all_that_decides_it(setup):
+    found = results(setup, adapted=30.0)
+    assert score_lines(found) == [
+        "mIoU16 = 30.0 (ema, 128×64, label size 128×64)",
+        "mIoU13 = 31.0 (ema, 128×64, label size 128×64)",
+    ]
+    views = [[1024, 512, False], [1024, 512, True], [1280, 640, False], [1280, 640, True]]
+    found["protocol"] |= {"network": "student", "label_size": [2048, 1024], "views": views}
+    assert score_lines(found)[0] == "mIoU16 = 30.0 (student, 1280×640 + TTA, label size 2048×1024)"
 
 
 def test_the_result_has_the_keys_of_the_design(setup):

@@ -10,9 +10,10 @@ from PIL import Image
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from actors.records import decode
-from actors.teacher import Labeller
-from models.uncertainty import mean_probabilities, trunk_views
+from actors.teacher import Labeller, label_seed
+from models.uncertainty import HeadMasks, draw_masks, mean_probabilities, negative_labels, trunk_views
 from pipelines.options import DataOptions, write_config
+from pipelines.pictures import shrunk
 from pipelines.pseudo_labels.exchange import export_labels, import_labels
 from pipelines.pseudo_labels.layouts import LAYOUTS
 from pipelines.pseudo_labels.table import Table
@@ -78,6 +79,41 @@ def test_what_was_exported_is_imported_again(run, tmp_path, layout):
     for image_id, label in zip(setup.domains.target.image_ids, labels, strict=True):
         found = np.asarray(Image.fromarray(table.get(image_id).label).resize((width, height), Image.Resampling.NEAREST))
         assert (found == label).mean() > 0.95  # sizes differ by no whole factor
+
+
+def test_what_is_known_of_the_probabilities_stands_beside_eplcs_labels(run, tmp_path):
+    """prob, min_prob, std and neg, from the full passes that the teachers' masks stand for."""
+    setup, network = run
+    export_labels(setup.plan.folder, str(tmp_path / "out"), "eplc", quiet)
+    ((_, plan),) = setup.labels.items()
+    rule, image_id, image_path = plan.rule, setup.domains.target.image_ids[0], setup.domains.target.image_paths[0]
+    images = [torch.from_numpy(np.array(setup.target_reader.read(0, size)))[None] for size in rule.sizes]
+    views = trunk_views(network.eval(), [network_input(image) for image in images])
+    generator = torch.Generator().manual_seed(label_seed(setup.options.seed, image_id, 3))
+    channels = network.config.bottleneck_channels
+    masks = draw_masks([generator], views=4, passes=rule.passes, channels=channels, rate=rule.dropout)
+    size = rule.label_size[::-1]
+    passes = torch.stack([mean_probabilities(network, views, only(masks, t), size)[0] for t in range(rule.passes)])
+    winner = passes.mean(0).argmax(0, keepdim=True)[None].expand(rule.passes, 1, *size)
+    of_winner = passes.gather(1, winner)[:, 0].numpy()
+    with np.load(LAYOUTS["eplc"].path(tmp_path / "out", image_path, LAYOUTS["eplc"].probability)) as file:
+        found = dict(file)
+
+    def at_image_size(plane):
+        return shrunk(plane, Image.open(image_path).size)
+
+    assert set(found) == {"prob", "min_prob", "std", "neg"}
+    np.testing.assert_allclose(found["prob"], at_image_size(of_winner.mean(0)), atol=0.6 / 255)
+    np.testing.assert_allclose(found["min_prob"], at_image_size(of_winner.min(0)), atol=0.6 / 255)
+    np.testing.assert_allclose(found["std"], at_image_size(of_winner.std(0)), atol=0.6 / 510)
+    negative = negative_labels(network, views, masks, size)[0].numpy()
+    bits = np.unpackbits(found["neg"], axis=0, bitorder="little")
+    for train_id, plane in enumerate(negative):
+        np.testing.assert_array_equal(bits[train_id], at_image_size(plane.astype(np.uint8)))
+
+
+def only(masks, t):
+    return [HeadMasks(mask.aux[t : t + 1], mask.main[t : t + 1]) for mask in masks]
 
 
 def test_soft_labels_are_the_networks_own_probabilities(run, tmp_path):

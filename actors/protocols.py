@@ -292,6 +292,8 @@ class RunPlan:
         log_every: steps between two lines of metrics.
         max_skipped_share: the share of unreadable images of a split above which the run ends.
         initial: fills a fresh network, or part of it, before the first step; None leaves it random.
+        precision: what the student's network computes in; ``auto`` is bfloat16 on a GPU and float32 elsewhere. Weights,
+            losses and everything that is published are float32 whatever it is.
     """
 
     network: Callable[[], nn.Module]
@@ -304,6 +306,7 @@ class RunPlan:
     log_every: int = 10
     max_skipped_share: float = 0.01
     initial: Callable[[nn.Module], None] | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def total_steps(self) -> int:

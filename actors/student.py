@@ -124,6 +124,20 @@ class StageState:
     streams: dict[str, Iterator[RawBatch]] = field(default_factory=dict)
 
 
+class InBfloat16(nn.Module):
+    """A network that computes in bfloat16 where autocast holds that safe; its outputs are float32 again."""
+
+    def __init__(self, network: nn.Module, device_type: str) -> None:
+        super().__init__()
+        self.network, self.device_type = network, device_type
+
+    def forward(self, images: Tensor) -> Any:
+        """A tensor, or a named tuple of tensors, as the network returns it."""
+        with torch.autocast(self.device_type, torch.bfloat16):
+            found = self.network(images)
+        return found.float() if isinstance(found, Tensor) else type(found)(*(part.float() for part in found))
+
+
 class Student:
     """Runs a plan from its newest checkpoint to its end.
 
@@ -504,10 +518,14 @@ class Student:
 
     def _parallel(self) -> nn.Module:
         """The network as the objective calls it: gradients averaged over the students."""
+        network = self.network
+        half = self.device.type == "cuda" if self.plan.precision == "auto" else self.plan.precision == "bfloat16"
+        if half:
+            network = InBfloat16(network, self.device.type)
         if self.world == 1:
-            return self.network
+            return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(self.network, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.world == 1:

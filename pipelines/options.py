@@ -110,6 +110,9 @@ class AdaptOptions(DataOptions):
     """Decides initialisation, sample order, augmentation and dropout."""
     faithful: bool = False
     """Behave as the published system where the default departs from it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the student's network computes in. auto: bfloat16 on a GPU, float32 elsewhere. Weights, losses, teachers and
+    scores are float32 always."""
     refresh: Literal["auto", "continuous", "once"] = "auto"
     """continuous: teachers re-label without end. once: one round of labels before self-training, as published.
     auto: continuous, or once with --faithful."""

@@ -21,7 +21,8 @@ from torch import nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
-from actors.student import Student
+from actors.student import InBfloat16, Student
+from models.networks.deeplab import DeepLab, DeepLabConfig
 
 CPU = torch.device("cpu")
 
@@ -601,3 +602,38 @@ def test_a_bound_on_the_gradient_bounds_the_step(tmp_path):
         moved[bound] = float(torch.cat([step.flatten() for step in steps]).norm())
     # Nesterov momentum makes 1.9 of a first gradient, and the fastest group multiplies its rate by ten.
     assert moved[1e-3] < 1e-3 * 1.9 * 10 * rate(0) < moved[None]
+
+
+@pytest.mark.parametrize(("precision", "half"), [("bfloat16", True), ("float32", False), ("auto", False)])
+def test_half_precision_is_the_networks_own_business(tmp_path, precision, half):
+    """Objectives see float32, weights stay float32; on a CPU it is done only where it is asked for."""
+    seen, inside = [], []
+
+    class Watched(TinyNetwork):
+        def forward(self, images):
+            found = super().forward(images)
+            inside.append(found.dtype)
+            return found
+
+    class Objective(TinyObjective):
+        def losses(self, network, batch, info):
+            seen.append(network(batch.source).dtype)
+            return super().losses(network, batch, info)
+
+    plan = run_plan(tmp_path, (replace(stage([], steps=2), objective=Objective),), precision=precision)
+    one = student(replace(plan, network=Watched))
+    one.run()
+    assert set(seen) == {torch.float32}
+    assert set(inside) == {torch.bfloat16 if half else torch.float32}
+    assert {tensor.dtype for tensor in one.network.state_dict().values()} <= {torch.float32, torch.int64}
+
+
+def test_a_network_with_several_outputs_keeps_their_names_in_half_precision():
+    network = DeepLab(DeepLabConfig.small(5)).eval()
+    images = torch.randn(1, 3, 48, 64) * 50
+    with torch.no_grad():
+        exact, found = network(images), InBfloat16(network, "cpu")(images)
+    for name in ("aux", "main"):
+        one, two = getattr(exact, name), getattr(found, name)
+        assert two.dtype == torch.float32
+        assert 0 < (one - two).norm() / one.norm() < 2e-2

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ REFUSALS_TO_BLOCK = 3
 """Chunks whose labels look collapsed before the weights are held to have collapsed. One odd chunk is not a collapse."""
 ERRORS_TO_FAIL = 5
 """Calls in a row that may fail with an error of the teacher's code (not its death) before the run ends."""
+
+
+ROUNDS_KEPT = 2
+"""Finished rounds whose files stay."""
 
 
 @dataclass
@@ -81,7 +86,7 @@ class LabelBook:
     Invariant: at most one live block a chunk, and ``histogram`` is the sum of the live blocks' histograms.
     """
 
-    def __init__(self, images: int, rows: int, plan: LabelPlan) -> None:
+    def __init__(self, images: int, rows: int, plan: LabelPlan, counters: Counters | None = None) -> None:
         if images < 1 or rows < 1:
             raise ValueError(f"a label book needs images and rows, got {images} images and {rows} rows a block")
         self.ranges = [(start, min(start + rows, images)) for start in range(0, images, rows)]
@@ -91,7 +96,7 @@ class LabelBook:
         self.busy: set[int] = set()
         self.blocked: set[int] = set()
         self.sequence = 0
-        self.counters = Counters()
+        self.counters = counters or Counters()
         self.histogram = np.zeros((plan.rule.num_classes, 256), np.int64)
         self._thresholds: np.ndarray | None = None
         self._refused: dict[int, set[int]] = {}
@@ -291,10 +296,13 @@ class LabelBank:
         self.stage = -1
         self.stage_version = 0
         self.book: LabelBook | None = None
+        self.counters = Counters()
         self.student_step = 0
         self.feeders: list[asyncio.Task[None]] = []
         self.feeding_since = time.monotonic()
         self.round_file: str | None = None
+        self.rounds: list[str] = []
+        """Files of the newest rounds that were made in this process."""
         self.fatal: str | None = None
         self.rewinds = 0
 
@@ -333,9 +341,11 @@ class LabelBank:
             self._forget_broken_round()
 
     async def rewind(self, step: int) -> None:
-        """See :meth:`LabelBook.rewind`."""
+        """See :meth:`LabelBook.rewind`. A student from before the stage began begins that stage, or another, itself."""
         self.student_step = step
         self.rewinds += 1
+        if self.book is not None and step < self.stage_version:
+            self._close()
         if self.book is not None:
             self.book.rewind(step)
             self._forget_broken_round()
@@ -417,13 +427,16 @@ class LabelBank:
             self.round_file = None
 
     def _open(self, stage: int, stage_version: int) -> None:
+        if not self.counters.blocks:
+            self.feeding_since = time.monotonic()
+        self._close()
+        self.stage, self.stage_version = stage, stage_version
+        self.book = LabelBook(self.images, self.rows[stage], self.plans[stage], self.counters)
+
+    def _close(self) -> None:
         for feeder in self.feeders:
             feeder.cancel()
-        plan = self.plans[stage]
-        self.stage, self.stage_version = stage, stage_version
-        self.round_file = None
-        self.book = LabelBook(self.images, self.rows[stage], plan)
-        self.feeding_since = time.monotonic()
+        self.feeders, self.stage, self.book, self.round_file = [], -1, None, None
 
     def _start_feeding(self) -> None:
         self.feeders = [
@@ -481,6 +494,11 @@ class LabelBank:
             self.round_file = await task.remote(self.folder, book.histogram, *blocks)
         except ray.exceptions.RayError:
             self.round_file = None
+            return
+        # A resumed run may go back into the round before, but not further.
+        self.rounds = [*(path for path in self.rounds if path != self.round_file), self.round_file]
+        while len(self.rounds) > ROUNDS_KEPT:
+            Path(self.rounds.pop(0)).unlink(missing_ok=True)
 
     async def _version(self) -> int | None:
         """The weights version that a teacher should use now."""

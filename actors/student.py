@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -160,6 +160,7 @@ class Student:
         torch.manual_seed(plan.seed)
         self.network = plan.network().to(device)
         self._dropout = {m: m.p for m in self.network.modules() if isinstance(m, nn.Dropout2d)}
+        self.precision = precision_on(device) if plan.precision == "auto" else plan.precision
         self.step = 0
         self.tally = Tally()
         self.stopped = False
@@ -176,7 +177,7 @@ class Student:
         """Run all stages.
 
         Returns:
-            ``{"step", "stopped", **summary}``.
+            ``{"step", "stopped", "precision", **summary}``.
         """
         state = self.store.newest()
         first = 0
@@ -198,13 +199,20 @@ class Student:
             if self.stopped:
                 break
         self.store.wait()
-        return {"step": self.step, "stopped": self.stopped, **self.tally.summary()}
+        return {"step": self.step, "stopped": self.stopped, "precision": self.precision, **self.tally.summary()}
 
     def _run_stage(self, stage: StageState) -> None:
         """Take batches, step, publish, log, save, until the stage or the run ends."""
         plan, end = stage.plan, stage.first_step + stage.plan.steps
-        if stage.view is not None and plan.labels is not None and plan.labels.policy.refresh == "once":
+        once = plan.labels is not None and plan.labels.policy.refresh == "once"
+        if stage.view is not None and once and self.step < end:
+            began = time.perf_counter()
             complete = stage.view.wait_for_round(self.step, self.link.stop_requested)
+            if self.tally.hits:  # a later round: training stood still
+                waited = time.perf_counter() - began
+                self.tally.seconds += waited
+                self.tally.labelled_seconds += waited
+                self.tally.label_wait += waited
             self.stopped = self._any_rank(not complete)
             if self.stopped:
                 return
@@ -519,8 +527,7 @@ class Student:
     def _parallel(self) -> nn.Module:
         """The network as the objective calls it: gradients averaged over the students."""
         network = self.network
-        half = self.device.type == "cuda" if self.plan.precision == "auto" else self.plan.precision == "bfloat16"
-        if half:
+        if self.precision == "bfloat16":
             network = InBfloat16(network, self.device.type)
         if self.world == 1:
             return network
@@ -558,6 +565,12 @@ class Student:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+
+def precision_on(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What ``auto`` is on a device: bfloat16 where a GPU computes in it itself and does not emulate it."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if able else "float32"
 
 
 def _all_finite(state: Any) -> bool:

@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "negative": ("--eplc.negative", "1"),
 }
 NAMES = {
-    "shared": "stage I, where all rows below start (200 steps)",
+    "shared": "stage I (200 steps), where all rows of self-training start",
     "stage-one": "stage I alone, equal steps",
     "plain": "+ MRNet's labels, plain loss",
     "rectified": "+ MRNet's labels, rectified loss",

@@ -6,17 +6,19 @@
 
 **real** runs the engine from one stage I. *Side by side*: one thread for the student and one for the teacher, which
 labels without end. *Turn-taking*: training and labelling have both cores, one after the other; self-training is divided
-into rounds, each on labels of its own. Both have the same steps. Scores are those of the engine's evaluator; a time is
-counted from the start of the student's process to the step that was scored, linear between two scores.
+into rounds, each on labels of its own. Both have the same steps. Scores are those of the engine's evaluator, which has
+as many threads as the student and gives way to it. A time is counted from the start of the student's process to the
+step that was scored, linear between two scores, the first of which is stage I's at the start.
 
 **simulated** runs board, bank, view and two devices for a fixed number of steps. A step takes s and an image's labels
 ℓ on one device. Side by side, one device takes every step and the other labels. Turn-taking either uses one device at a
 time, as the published scripts do, or both in each phase, where a step on two devices takes s / 2e (e: how well the step
-scales). The computed time is what the devices alone would need:
+scales). The clock starts with the first weights; all wait for the first round of labels, so that all N steps have some.
+The computed time is what the devices alone would need:
 
-    side by side                N s
-    turn-taking, one at a time  N s + R n ℓ
-    turn-taking, both           N s / 2e + R n ℓ / 2
+    side by side                n ℓ + N s
+    turn-taking, one at a time  R n ℓ + N s
+    turn-taking, both           R n ℓ / 2 + N s / 2e
 
 for N steps, R rounds and n images. ρ = R n ℓ / N s, the teaching device's load in turn-taking rounds, decides who wins.
 """
@@ -26,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -98,7 +101,7 @@ class SleepingLearner:
         self.load, self.board, self.bank, self.rounds = load, board, bank, rounds
 
     def run(self, steps: int) -> float:
-        """Seconds for all steps, from the first publication on; side by side starts on a complete round, too."""
+        """Seconds for all steps, from the first publication on."""
         load, shape = self.load, (self.load.height, self.load.width)
         rng, began = np.random.default_rng(0), time.perf_counter()
         for number in range(self.rounds):
@@ -107,8 +110,6 @@ class SleepingLearner:
             policy = StalenessPolicy("once" if self.rounds > 1 else "continuous")
             view = LabelView(plan(load, policy), shape, load.rows, number, first, Transport(self.bank))
             view.wait_for_round(first, lambda: False, poll_seconds=0.002)
-            if self.rounds == 1:
-                began = time.perf_counter()  # turn-taking has its first round, and this its labels, before step one
             for step in range(first, end):
                 if self.rounds == 1 and step and step % load.refresh == 0:
                     self._publish(step)
@@ -159,7 +160,7 @@ def simulated(share: float) -> dict[str, Any]:
         "rounds_made_side_by_side": made / Pair().images - 1,
         "measured": {"side_by_side": side, "one_at_a_time": one, "both": both},
         "computed": {
-            "side_by_side": training,
+            "side_by_side": labelling / ROUNDS + training,
             "one_at_a_time": training + labelling,
             "both": training / (2 * SCALING) + labelling / 2,
         },
@@ -199,17 +200,20 @@ def run_real(start: str, benchmark: str, seed: int, rounds: Sequence[int], runs:
         known: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
         if any((e["arrangement"], e["benchmark"], e["seed"]) == (name, benchmark, seed) for e in known):
             continue
+        begun = json.loads((Path(start) / "results.json").read_text())["scores"]["adapted"]["miou"]
         folder = runs / f"asynchrony-{benchmark}-{name.replace(', ', '-').replace(' ', '-')}-s{seed}"
         command = [sys.executable, "run.py", "--benchmark", benchmark, "--seed", str(seed), "--references", "never"]
         command += ["--init", start, "--from-stage", "2", "--no-dashboard", "--runs", str(runs), "--name", folder.name]
-        subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        if not (folder / "results.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off has no whole time
+            subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         results = json.loads((folder / "results.json").read_text())
         entry = {
             "arrangement": name,
             "benchmark": benchmark,
             "seed": seed,
             "arguments": arguments,
-            "curve": curve(folder, results),
+            "curve": [(0, 0.0, begun), *curve(folder, results)],
             "miou": results["scores"]["adapted"]["miou"],
             "label_age_steps": results["label_age_steps"],
             "labels_made": results["teachers"]["labels_made"],
@@ -269,11 +273,12 @@ def _reached(seconds: float | None, score: float) -> str:
     return "–" if seconds is None else f"{seconds:.0f} (to {score:.1f})"
 
 
-def write_page() -> None:
+def write_page(benchmark: str) -> None:
     """Both tables, between the lines of the page that mark them."""
     text = PAGE.read_text(encoding="utf-8")
+    runs = [e for e in json.loads(REAL.read_text()) if e["benchmark"] == benchmark]
     for name, made in (
-        ("real", real_table(json.loads(REAL.read_text()))),
+        ("real", real_table(runs)),
         ("simulated", simulated_table(json.loads(SIMULATED.read_text())["rows"])),
     ):
         begin, end = f"<!-- {name} -->", f"<!-- {name}:end -->"
@@ -293,7 +298,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     given = parser.parse_args()
     if given.what == "page":
-        write_page()
+        write_page(given.benchmark)
     elif given.what == "simulated":
         rows = [simulated(share) for share in LOADS]
         SIMULATED.write_text(json.dumps({"scaling": SCALING, "steps": STEPS, "rounds": ROUNDS, "rows": rows}, indent=1))

@@ -3,6 +3,8 @@
     python -m bench.staleness --start runs/stage-one-s{seed} --seeds 0 1 2
     python -m bench.staleness --page
 
+It computes with one thread: on two cores, two of these with other ages or seeds fit side by side.
+
 The student of the engine runs in this process, from a stage I that all ages share, without Ray. Every image of a batch
 is labelled at the moment when it is read, with the weights that taught K steps before, so that all its labels are of
 one age. Weights are kept every four steps, so an age is K to K + 3 steps; before step K of the stage the labels are of
@@ -15,6 +17,7 @@ Raw results in ``docs/results/staleness.json``, table and plot in ``docs/stalene
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import statistics
 import tempfile
@@ -225,6 +228,18 @@ def measure(start: str, seed: int, age: int | None, benchmark: str, data: str) -
     }
 
 
+def add(path: Path, entry: dict[str, Any]) -> None:
+    """Write a result beside the others, unless another process has written it meanwhile."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        if not any(all(e[key] == entry[key] for key in ("age", "seed", "benchmark")) for e in known):
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps([*known, entry], indent=1) + "\n")
+            partial.rename(path)
+    path.with_suffix(".lock").unlink(missing_ok=True)
+
+
 def table(entries: list[dict[str, Any]]) -> str:
     """A row an age: every seed's score, mean and deviation, and the mean age of the labels that were read."""
     lines = ["| forced age K (steps) | mean age read | mIoU (each seed) | mean ± deviation |", "|---|---|---|---|"]
@@ -240,7 +255,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def plot(entries: list[dict[str, Any]], path: Path) -> None:
-    """Seeds as points, their mean as a line, over the mean age that was read."""
+    """Seeds as points, their mean as a line, an age beside the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -278,7 +293,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", action="store_true", help="write the page from the results")
     given = parser.parse_args()
-    torch.set_num_threads(1)  # two ages fit side by side on two cores
+    torch.set_num_threads(1)
     for seed in given.seeds if given.start else ():
         for age in given.ages:
             known = json.loads(given.out.read_text()) if given.out.is_file() else []
@@ -286,8 +301,7 @@ def main() -> None:
                 continue
             forced = None if age == "stage" else int(age)
             found = measure(given.start.format(seed=seed), seed, forced, given.benchmark, given.data)
-            known = json.loads(given.out.read_text()) if given.out.is_file() else []
-            given.out.write_text(json.dumps([*known, found], indent=1) + "\n")
+            add(given.out, found)
             print(f"age {age}, seed {seed}: {found['score']['miou']:.1f}, {found['seconds']:.0f} s", flush=True)
     if given.page:
         write_page(given.benchmark)

@@ -83,9 +83,11 @@ class MonteCarloLabels:
     confidence: Tensor
     """float32: m_k*, in 0..1."""
     lowest: Tensor | None = None
-    """float32: min over passes of q_{t,k*}; strategy min, or where asked."""
+    """float32: min over passes of q_{t,k*}; strategy min only."""
     std: Tensor | None = None
-    """float32: population standard deviation of q_{t,k*} over passes; strategy std, or where asked."""
+    """float32: population standard deviation of q_{t,k*} over passes; strategy std, or with statistics."""
+    min_prob: Tensor | None = None
+    """float32: max over classes of the min over passes of q_{t,c}; with statistics."""
 
     def quantised(self) -> Tensor:
         """The confidence in 255 steps, uint8."""
@@ -160,7 +162,7 @@ def monte_carlo_labels(
         masks: as many as views, see ``draw_masks``.
         size: label (height, width).
         rule: what to keep.
-        statistics: also return the statistics that the rule does not ask for.
+        statistics: also return what the published generator writes beside a label.
 
     Returns:
         Labels of N images.
@@ -173,18 +175,19 @@ def monte_carlo_labels(
     confidence, winner = _winners(grids, size)
     argmax = winner.to(torch.uint8)
     withheld = torch.full_like(argmax, IGNORE)
-    lowest = std = None
+    lowest = std = min_prob = None
     kept, value = confidence >= rule.min_confidence, argmax
-    if rule.strategy == "min" or statistics:
+    if statistics or rule.published_min:
+        min_prob, least_doubted = _lowest_volume(grids, size)
+        value = least_doubted if rule.strategy == "min" and rule.published_min else argmax
+    if rule.strategy == "min":
         lowest = _winner_statistics(grids, winner, "min")
-    if rule.strategy == "std" or statistics:
-        std = _winner_statistics(grids, winner, "std")
-    if rule.strategy == "min" and lowest is not None:
         kept = lowest >= rule.min_confidence
-        value = _lowest_argmax(grids, size) if rule.published_min else argmax
-    if rule.strategy == "std" and std is not None:
-        kept = kept & (std <= rule.max_std)
-    return MonteCarloLabels(torch.where(kept, value, withheld), argmax, confidence, lowest, std)
+    if statistics or rule.strategy == "std":
+        std = _winner_statistics(grids, winner, "std")
+        kept = kept & (std <= rule.max_std) if rule.strategy == "std" else kept
+    label = torch.where(kept, value, withheld)
+    return MonteCarloLabels(label, argmax, confidence, lowest, std, min_prob if statistics else None)
 
 
 @torch.no_grad()
@@ -416,8 +419,8 @@ def _taps(pixels: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor
     return torch.stack([first, second], dim=1), torch.stack([1.0 - share, share], dim=1)
 
 
-def _lowest_argmax(grids: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """Class argmax_c min_t q_{t,c}, uint8 (N, H, W); one upsampled volume per image and pass."""
+def _lowest_volume(grids: list[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """max_c min_t q_{t,c}, float (N, H, W), and its class, uint8; one upsampled volume per image and pass."""
     found = []
     for image in range(grids[0].shape[0]):
         lowest: Tensor | None = None
@@ -425,5 +428,5 @@ def _lowest_argmax(grids: list[Tensor], size: tuple[int, int]) -> Tensor:
             q = _total([upsample(grid[image, t : t + 1], size) for grid in grids])[0]
             lowest = q if lowest is None else torch.minimum(lowest, q, out=lowest)
         assert lowest is not None
-        found.append(lowest.argmax(dim=0).to(torch.uint8))
-    return torch.stack(found)
+        found.append(lowest.max(dim=0))
+    return torch.stack([f.values for f in found]), torch.stack([f.indices for f in found]).to(torch.uint8)

@@ -372,7 +372,8 @@ class Run:
         if self.bank is None:
             return
         index, stage = state.get("bank", {}), state["stage"]
-        self.labels_first = stage in self.setup.labels
+        ends = sum(plan.steps for plan in self.setup.plan.stages[: stage + 1])
+        self.labels_first = (stage if self.step < ends else stage + 1) in self.setup.labels
         path = index.get("round_file")
         if index.get("stage") == stage and path:
             version = sum(plan.steps for plan in self.setup.plan.stages[:stage])

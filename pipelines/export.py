@@ -31,7 +31,8 @@ class Exported:
 def export_mrnet(run: str, out: str, weights: Weights = "last") -> Exported:
     """Write ``GTA5_<step>.pth``, a flat state dict as MRNet's and EPLC's, and the ``opts.yaml`` that their code needs.
 
-    Of a step of stage I also the discriminators of the auxiliary and of the primary head, ``_D1`` and ``_D2``.
+    Of a checkpoint of stage I also the discriminators of the auxiliary and of the primary head, ``_D1`` and ``_D2``;
+    the recommended weights are kept without them.
 
     Args:
         run: run directory.

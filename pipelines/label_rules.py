@@ -27,7 +27,7 @@ from pipelines.views import network_input
 
 Size = tuple[int, int]
 NEGATIVE = "negative"
-LOWEST, DEVIATION = "lowest", "deviation"
+MIN_PROB, DEVIATION = "min_prob", "deviation"
 DEVIATION_STEPS = 510
 """Steps of 1/510 reach the largest deviation that probabilities can have, ½."""
 
@@ -48,8 +48,8 @@ class MonteCarloRule:
         ignore_bottom: share of the label's height, from below, that is always withheld and never counted.
         published_min: ``min`` stores the class whose lowest pass is highest, and not the one that it tests (Q-EP-3).
         negative: also records which classes a pixel surely is not, a bit a class (column :data:`NEGATIVE`).
-        statistics: also records the winner's lowest pass in steps of 1/255 (:data:`LOWEST`) and its deviation over the
-            passes in steps of 1/510 (:data:`DEVIATION`).
+        statistics: also records the highest of the classes' lowest passes in steps of 1/255 (:data:`MIN_PROB`) and the
+            winner's deviation over the passes in steps of 1/510 (:data:`DEVIATION`).
     """
 
     num_classes: int
@@ -73,7 +73,7 @@ class MonteCarloRule:
         if self.negative:
             columns += ((NEGATIVE, (-(-self.num_classes // 8), *shape)),)
         if self.statistics:
-            columns += ((LOWEST, shape), (DEVIATION, shape))
+            columns += ((MIN_PROB, shape), (DEVIATION, shape))
         return RecordLayout(columns, self.num_classes)
 
     @property
@@ -111,10 +111,10 @@ class MonteCarloRule:
             bits[:, :, first:] = False
             for columns, image in zip(more, bits, strict=True):
                 columns[NEGATIVE] = np.packbits(image, axis=0, bitorder="little")
-        if self.statistics and made.lowest is not None and made.std is not None:
-            steps = quantise(made.lowest).cpu().numpy(), quantise(made.std * (DEVIATION_STEPS / 255)).cpu().numpy()
-            for columns, lowest, deviation in zip(more, *steps, strict=True):
-                columns |= {LOWEST: lowest, DEVIATION: deviation}
+        if self.statistics and made.min_prob is not None and made.std is not None:
+            steps = quantise(made.min_prob).cpu().numpy(), quantise(made.std * (DEVIATION_STEPS / 255)).cpu().numpy()
+            for columns, min_prob, deviation in zip(more, *steps, strict=True):
+                columns |= {MIN_PROB: min_prob, DEVIATION: deviation}
         return [
             Labelled(
                 {"label": label, "confidence": confidence, **columns},

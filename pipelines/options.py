@@ -86,10 +86,10 @@ class AdaptOptions(DataOptions):
     """published: heads learn ten times as fast as the backbone, its blocks three times (Q-SH-1), which suits pretrained
     weights. flat: all parts alike, which suits random ones. auto: the preset's."""
     hard_pixels: float | None = None
-    """Percentile of the supervised loss below which a pixel is not learned from (hard-pixel mining); 0 learns from all.
-    Default: 0, and 80 with --faithful."""
+    """Percentile of the supervised loss, and of the plain loss on pseudo labels, below which a pixel is left out
+    (hard-pixel mining); 0 learns from all. Default: 0, and 80 with --faithful."""
     rare_weight: float | None = None
-    """Weight in the supervised loss of a class with few pixels in a batch, and again of one that is rarely in any.
+    """Weight in every loss on labels of a class with few pixels in a batch, and again of one that is rarely in any.
     Default: 2.5, and 7 with --faithful."""
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
     """Whether the scales and shifts of the backbone's batch norms learn in stage I. auto: train, and freeze with
@@ -111,8 +111,8 @@ class AdaptOptions(DataOptions):
     faithful: bool = False
     """Behave as the published system where the default departs from it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the student's network computes in. auto: bfloat16 on a GPU, float32 elsewhere. Weights, losses, teachers and
-    scores are float32 always."""
+    """What the student's network computes in. auto: bfloat16 on a GPU that has it, float32 elsewhere and with
+    --faithful. Weights, losses, teachers and scores are float32 always."""
     refresh: Literal["auto", "continuous", "once"] = "auto"
     """continuous: teachers re-label without end. once: one round of labels before self-training, as published.
     auto: continuous, or once with --faithful."""
@@ -168,7 +168,12 @@ class AdaptOptions(DataOptions):
         """The refresh that auto stands for."""
         if self.refresh != "auto":
             return self.refresh
-        return "once" if self.faithful else "continuous"
+        return "once" if self.faithful or self.pseudo_labels is not None else "continuous"
+
+    @property
+    def resolved_precision(self) -> Literal["auto", "float32", "bfloat16"]:
+        """As asked for; the published runs computed in float32."""
+        return "float32" if self.precision == "auto" and self.faithful else self.precision
 
     def folder(self) -> Path:
         """The run directory, absolute.

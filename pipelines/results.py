@@ -59,7 +59,7 @@ def assemble(
         "steps": setup.plan.total_steps,
         "target_labels": 0 if setup.domains.few is None else len(setup.domains.few),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "student": {key: student[key] for key in ("images_per_s", "wait_share", "data_wait_share")},
+        "student": {key: student[key] for key in ("images_per_s", "wait_share", "data_wait_share", "precision")},
         "labels": {
             "read": student["labels_read"],
             "missing": student["labels_missing"],
@@ -99,7 +99,7 @@ def protocol_sentence(protocol: dict[str, Any]) -> str:
 
 
 def score_lines(results: dict[str, Any]) -> list[str]:
-    """The adapted network's score on every protocol of classes, each with all that decides it beside the classes.
+    """The adapted network's score on every protocol of classes, each with network, largest view and label size.
 
     Args:
         results: ``results.json``, with a score.

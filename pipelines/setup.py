@@ -262,7 +262,7 @@ def _plan(options: AdaptOptions, size: Preset, stages: tuple[StagePlan, ...], fo
         evaluate_every=size.evaluate_every,
         checkpoint_every=size.checkpoint_every,
         initial=None if options.init is None else partial(load_initial, options.init),
-        precision=options.precision,
+        precision=options.resolved_precision,
     )
 
 

@@ -81,7 +81,8 @@ def export_labels(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if layout != "parquet" and LAYOUTS[layout].probability and isinstance(plan.rule, MonteCarloRule):
-        plan = replace(plan, rule=replace(plan.rule, negative=True, statistics=True))
+        several = plan.rule.passes > 1 and plan.rule.dropout > 0  # one pass deviates by nothing and doubts nothing
+        plan = replace(plan, rule=replace(plan.rule, negative=several, statistics=several))
     labeller = Labeller(setup.plan.network, setup.target_reader, {0: plan}, setup.options.seed, device)
     check_fits(labeller.network, arrays, folder)
     labeller.load(step, arrays)

@@ -19,7 +19,7 @@ from actors.errors import RunError, UnreadableImage
 from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import BROKEN_FILE, image_size
-from pipelines.label_rules import DEVIATION, DEVIATION_STEPS, LOWEST, NEGATIVE
+from pipelines.label_rules import DEVIATION, DEVIATION_STEPS, MIN_PROB, NEGATIVE
 
 FolderLayout = Literal["mrnet", "eplc", "eplc-min", "proda", "proda-soft", "fada", "bisenet"]
 FileLayout = Literal["parquet", FolderLayout]
@@ -62,9 +62,9 @@ class Layout:
         label: the label's file below the folder; a PNG, or for soft labels an array.
         colour: a PNG in the classes' colours.
         heat: a PNG of the confidence as a heat map.
-        probability: an NPZ of what is known of the winner's probability, each (H, W) float32 in [0, 1] and each perhaps
-            missing: ``prob`` (mean over passes), ``min_prob`` (lowest pass), ``std``; and ``neg``, uint8 (⌈C/8⌉, H, W),
-            a bit a class that the pixel surely is not, the lowest bit first.
+        probability: an NPZ of float32 (H, W) in [0, 1]: ``prob`` (the winner's mean over passes), and where there were
+            several passes ``min_prob`` (the highest of the classes' lowest) and ``std`` (of the winner); then also
+            ``neg``, uint8 (⌈C/8⌉, H, W), a bit a class that the pixel surely is not, the lowest bit first.
         confidence: a NumPy array, float16 (H, W) in [0, 1].
         contiguous: whether numbers count the classes of the benchmark's first protocol instead of being train ids.
         withheld: the number of a withheld pixel.
@@ -207,7 +207,7 @@ def _statistics(record: Mapping[str, NDArray[np.uint8]], size: tuple[int, int] |
         return plane if size is None else pictures.shrunk(plane, size)
 
     found: dict[str, Any] = {}
-    for name, column, steps in (("min_prob", LOWEST, 255), ("std", DEVIATION, DEVIATION_STEPS)):
+    for name, column, steps in (("min_prob", MIN_PROB, 255), ("std", DEVIATION, DEVIATION_STEPS)):
         if column in record:
             found[name] = sized(record[column]).astype(np.float32) / np.float32(steps)
     if NEGATIVE in record:

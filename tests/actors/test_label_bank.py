@@ -749,6 +749,70 @@ def test_a_rewound_bank_drops_the_future_and_makes_it_again():
     run(test)
 
 
+def test_a_student_from_before_the_stage_finds_its_own_stage_again():
+    """It died before the checkpoint of the later stage could be saved."""
+
+    async def test():
+        teacher, board = FakeTeacher(), FakeBoard(20, 40)
+        given = LabelBank({1: label_plan("once"), 2: label_plan("once")}, 8, {1: 2, 2: 2}, board)
+        await given.status([teacher])
+
+        async def complete():
+            return given.book.round_complete
+
+        await given.poll(2, 40, 0, 40)
+        await until(complete)
+        await given.rewind(30)
+        delta = await given.poll(1, 20, 0, 30)
+        assert (delta.stage, delta.entries) == (1, [])
+        await until(complete)
+        assert {entry.version for entry in given.book.entries.values()} == {20}
+        await given.poll(2, 40, 0, 40)
+        assert given.stage == 2
+        await close(given)
+
+    run(test)
+
+
+def test_counts_go_on_from_stage_to_stage():
+    async def test():
+        given = LabelBank({1: label_plan("once"), 2: label_plan("once")}, 8, {1: 2, 2: 2}, FakeBoard(20, 40))
+        await given.status([FakeTeacher()])
+
+        async def complete():
+            return given.book.round_complete
+
+        for stage, version in ((1, 20), (2, 40)):
+            await given.poll(stage, version, 0, version)
+            await until(complete)
+        assert (await given.status())["labels_made"] == 16
+        await close(given)
+
+    run(test)
+
+
+def test_the_files_of_the_two_newest_rounds_stay(monkeypatch, tmp_path):
+    written = iter([tmp_path / f"{name}.parquet" for name in ("one", "two", "two", "three")])
+
+    class Writing:
+        async def remote(self, *_):
+            path = next(written)
+            path.write_text("labels")
+            return str(path)
+
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: Writing())
+
+    async def test():
+        given = LabelBank({1: label_plan("once")}, 8, {1: 2}, FakeBoard(), folder=str(tmp_path))
+        for _ in range(4):
+            given.round_file = None
+            await given._keep_round(LabelBook(8, 2, label_plan("once")))
+        assert given.round_file.endswith("three.parquet")
+        assert {path.stem for path in tmp_path.iterdir()} == {"two", "three"}
+
+    run(test)
+
+
 def test_what_the_board_said_before_a_rewind_labels_nothing():
     async def test():
         teacher, board = FakeTeacher(), FakeBoard(40, 50)
@@ -875,7 +939,7 @@ def test_given_labels_complete_a_round_that_no_teacher_makes(monkeypatch):
         assert delta.round_complete
         assert [(chunk, version) for chunk, _, version in delta.entries] == [(0, 0), (1, 0), (2, 0), (3, 0)]
         assert (await given.index())["round_file"] == "labels/given.parquet"
-        await given.rewind(10)  # labels from before the run are no one's future
+        await given.rewind(40)  # labels from before the run are no one's future
         assert given.book.round_complete
 
     run(test)

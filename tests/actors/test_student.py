@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -602,6 +603,19 @@ def test_a_bound_on_the_gradient_bounds_the_step(tmp_path):
         moved[bound] = float(torch.cat([step.flatten() for step in steps]).norm())
     # Nesterov momentum makes 1.9 of a first gradient, and the fastest group multiplies its rate by ten.
     assert moved[1e-3] < 1e-3 * 1.9 * 10 * rate(0) < moved[None]
+
+
+def test_standing_still_for_a_later_round_is_counted_as_waiting(tmp_path):
+    class Slow(FakeView):
+        def wait_for_round(self, step, tick, poll_seconds=0.0):
+            time.sleep(0.05)
+            return True
+
+    rounds = [stage([], name, steps=2, labels=label_plan("once")) for name in ("first", "second", "third")]
+    learner = student(run_plan(tmp_path, rounds), FakeLink(views=dict.fromkeys(range(3), Slow)))
+    done = learner.run()
+    assert 0.1 <= learner.tally.label_wait < 0.15, "nothing could be learned from before the first"
+    assert 0 < done["wait_share"] <= 1
 
 
 @pytest.mark.parametrize(("precision", "half"), [("bfloat16", True), ("float32", False), ("auto", False)])

@@ -202,6 +202,17 @@ def test_students_that_resume_before_a_complete_round_find_teachers(watched, sta
     assert "Teacher" in names(started)
 
 
+@pytest.mark.parametrize(("step", "first"), [(1, False), (2, True), (3, True)])
+def test_a_run_that_stopped_where_the_next_stage_needs_labels_finds_teachers(watched, tmp_path, step, first):
+    """It writes no line before that stage's first labels."""
+    stages = [stage(steps=2), stage(name="second", steps=2, labels=label_plan("once"))]
+    watched.setup.plan = run_plan(tmp_path, stages)
+    watched.setup.labels = {1: stages[1].labels}
+    CheckpointStore(tmp_path / "checkpoints").save(step, {"step": step, "stage": int(step > 2)})
+    watched._reopen_round()
+    assert watched.labels_first == first
+
+
 def test_without_target_labels_signals_are_measured_and_nothing_is_scored(watched, started, tmp_path):
     watched.setup.domains.validation = None
     watched._look()

@@ -42,6 +42,16 @@ def test_a_folder_without_a_config_is_no_run(tmp_path):
         read_config(tmp_path)
 
 
+def test_the_published_runs_compute_in_single_precision_unless_asked_otherwise():
+    assert AdaptOptions().resolved_precision == "auto"
+    assert AdaptOptions(faithful=True).resolved_precision == "float32"
+    assert AdaptOptions(faithful=True, precision="bfloat16").resolved_precision == "bfloat16"
+
+
+def test_given_labels_are_one_round():
+    assert AdaptOptions(pseudo_labels="labels.parquet").resolved_refresh == "once"
+
+
 @pytest.mark.parametrize(
     ("bad", "text"),
     [

@@ -11,7 +11,7 @@ DESIGN = {
     "": "benchmark recipe data protocol scores gap_closed seconds student teachers label_age_steps seed versions",
     "protocol": "classes label_size network views",
     "scores": "source_only adabn adapted oracle",
-    "student": "images_per_s wait_share",
+    "student": "images_per_s wait_share precision",
     "teachers": "images_per_s idle_share",
     "label_age_steps": "p50 p95 max",
 }
@@ -20,6 +20,7 @@ STUDENT = {
     "images_per_s": 10.0,
     "wait_share": 0.001,
     "data_wait_share": 0.2,
+    "precision": "float32",
     "labels_read": 7,
     "labels_missing": 1,
     "label_age_steps": {"p50": 1, "p95": 2, "max": 3},

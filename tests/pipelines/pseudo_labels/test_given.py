@@ -9,6 +9,7 @@ from models.selection import confidence_histogram
 from pipelines.options import AdaptOptions
 from pipelines.pseudo_labels.given import write_given_round
 from pipelines.pseudo_labels.table import PseudoLabel, open_table
+from pipelines.recipes.eplc import EplcOptions
 from pipelines.setup import resolve
 from tests.own_data import write_own_data
 
@@ -83,6 +84,9 @@ def test_labels_of_something_else_are_refused_before_anything_starts(options, tm
 
 
 def test_a_recipe_that_takes_no_pseudo_labels_says_so(options, tmp_path):
+    given = table(tmp_path / "x.parquet", [label(0)])
+    with pytest.raises(RunError, match="one round of labels, and the recipe is to run 2; leave rounds out"):
+        resolve(options(given, eplc=EplcOptions(rounds=2)))
     with pytest.raises(RunError, match="this recipe takes no pseudo labels"):
         resolve(options(table(tmp_path / "x.parquet", [label(0)]), recipe="mrnet"))
 

@@ -1,7 +1,7 @@
 """Labelling against the straightforward way: T full passes over four views, and the rule pixel by pixel in Python.
 
     python -m bench.labelling_speed                     the small network at the demo's sizes, four images
-    python -m bench.labelling_speed --sizes scaled      the same views, and labels twice as large as the first, as published
+    python -m bench.labelling_speed --sizes scaled      the same views; labels twice the size of the first, as published
     python -m bench.labelling_speed --sizes published   the published network, views and label size, one image
 
 Both ways use the same network, images and dropout masks, take turns in one run, and must give the same labels. The

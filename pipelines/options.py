@@ -82,6 +82,8 @@ class AdaptOptions(DataOptions):
     """Images of each domain in a batch, instead of the preset's."""
     scale: float = 1.0
     """Multiplies every width and height of the preset."""
+    rate_scale: float = 1.0
+    """Multiplies every learning rate of the preset, those of the reference runs, too."""
     rates: Literal["auto", "published", "flat"] = "auto"
     """published: heads learn ten times as fast as the backbone, its blocks three times (Q-SH-1), which suits pretrained
     weights. flat: all parts alike, which suits random ones. auto: the preset's."""
@@ -150,6 +152,8 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
         if not 0.1 <= self.scale <= 20:
             raise RunError(f"--scale is {self.scale}; give a factor from 0.1 to 20")
+        if not 0.001 <= self.rate_scale <= 1000:
+            raise RunError(f"--rate-scale is {self.rate_scale}; give a factor from 0.001 to 1000")
         if self.pseudo_labels is not None and self.refresh == "continuous":
             raise RunError("--pseudo-labels are one round that nobody makes anew; leave --refresh continuous out")
         if self.hard_pixels is not None and not 0 <= self.hard_pixels < 100:

@@ -234,6 +234,8 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, schedules: int) -> Pres
         size = size.with_steps(options.steps, schedules)
     if options.batch is not None:
         size = size.with_batch(options.batch)
+    if options.rate_scale != 1:
+        size = size.with_rates(options.rate_scale)
     if options.rates != "auto":
         size = replace(size, rates=options.rates)
     if options.scale != 1:

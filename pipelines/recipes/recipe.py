@@ -120,6 +120,11 @@ class Preset:
         one, two = (replace(stage, batch=batch) for stage in self.stages)
         return replace(self, stages=(one, two))
 
+    def with_rates(self, factor: float) -> Preset:
+        """The same preset with every learning rate of the network multiplied."""
+        one, two = (replace(stage, learning_rate=factor * stage.learning_rate) for stage in self.stages)
+        return replace(self, stages=(one, two))
+
     def with_scale(self, factor: float) -> Preset:
         """The same preset at another image size; every width and height is multiplied."""
 

@@ -67,6 +67,10 @@ class SelfTrainingOptions:
     rounds: int = 1
     """Rounds that share the steps of stage II, each on labels that the network as it then stands has made, and nothing
     is learned meanwhile (with --refresh once). A published round is a run of its own: --init RUN --from-stage 2."""
+    max_label_age: int | None = None
+    """Steps after which a label is not used any more, until a teacher has made it anew; for labels made without end."""
+    label_half_life: float | None = None
+    """Steps after which a label's loss counts half, after twice as many a quarter; for labels made without end."""
     autoaugment: bool = False
     """MRNet's part of AutoAugment on what the student sees in stage II. Off by default and as published, though the
     published command turns it on by accident (Q-MR-1)."""
@@ -79,6 +83,10 @@ class SelfTrainingOptions:
         for name in ("dropout", "ignore_bottom"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; give a rate in [0, 1)")
+        for name in ("max_label_age", "label_half_life"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RunError(f"{name} is {value}; give a number of steps above 0")
         if self.rounds < 1:
             raise RunError(f"rounds is {self.rounds}; self-training needs at least one")
         if self.mixing == "classes" and self.source_weight == 0:
@@ -238,6 +246,16 @@ def self_training_stages(
     )
 
 
+def _policy(ingredients: Ingredients, options: SelfTrainingOptions) -> StalenessPolicy:
+    given = {"max_label_age": options.max_label_age, "label_half_life": options.label_half_life}
+    for name, value in given.items():
+        if value is not None and ingredients.refresh == "once":
+            raise RunError(
+                f"{name} is {value}, but labels of one round grow old by design; leave it or --refresh once out"
+            )
+    return StalenessPolicy(ingredients.refresh, options.max_label_age, options.label_half_life)
+
+
 def _later(rate: Callable[[int], float], begun: int, step: int) -> float:
     """A learning rate whose schedule began earlier."""
     return rate(begun + step)
@@ -272,7 +290,7 @@ def _self_training_stage(
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         labels=LabelPlan(
             rule=rule,
-            policy=StalenessPolicy(refresh=ingredients.refresh),
+            policy=_policy(ingredients, options),
             selection=selection,
             extra_column=NEGATIVE if rule.negative else None,
         ),

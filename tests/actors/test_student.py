@@ -608,13 +608,13 @@ def test_a_bound_on_the_gradient_bounds_the_step(tmp_path):
 def test_standing_still_for_a_later_round_is_counted_as_waiting(tmp_path):
     class Slow(FakeView):
         def wait_for_round(self, step, tick, poll_seconds=0.0):
-            time.sleep(0.05)
+            time.sleep(0.05 if step else 0.5)
             return True
 
     rounds = [stage([], name, steps=2, labels=label_plan("once")) for name in ("first", "second", "third")]
     learner = student(run_plan(tmp_path, rounds), FakeLink(views=dict.fromkeys(range(3), Slow)))
     done = learner.run()
-    assert 0.1 <= learner.tally.label_wait < 0.15, "nothing could be learned from before the first"
+    assert 0.1 <= learner.tally.label_wait < 0.5, "before the first round there is nothing to learn from"
     assert 0 < done["wait_share"] <= 1
 
 

@@ -8,6 +8,7 @@ import torch
 from actors.checkpoints import snapshot
 from actors.errors import RunError
 from actors.protocols import Batch, ObjectiveContext, StepInfo
+from actors.staleness import StalenessPolicy
 from models.losses import memory_regularisation, negative_terms, rectified_terms
 from models.networks.deeplab import DeepLab, DeepLabConfig, Logits, upsample_logits
 from pipelines.benchmarks import benchmark
@@ -638,6 +639,16 @@ def test_rounds_share_the_steps_and_the_schedule_of_self_training(name, options)
     assert all(stage.labels.policy.refresh == "once" for stage in rounds)
     rates = [stage.learning_rate(step) for stage in rounds for step in (0, 10_000)]
     assert rates == [whole.learning_rate(step) for step in (0, 10_000, 16_666, 26_666, 33_333, 43_333)]
+
+
+def test_a_users_bounds_on_the_age_of_labels_reach_their_plan():
+    options = EplcOptions(max_label_age=128, label_half_life=64.0)
+    assert stages("eplc", options)[1].labels.policy == StalenessPolicy("continuous", 128, 64.0)
+    with pytest.raises(RunError, match="max_label_age is 128, but labels of one round grow old by design"):
+        stages("eplc", options, refresh="once")
+    for bad in ({"max_label_age": 0}, {"label_half_life": -1.0}, {"label_half_life": float("nan")}):
+        with pytest.raises(RunError, match="give a number of steps above 0"):
+            EplcOptions(**bad)
 
 
 def test_rounds_without_an_end_or_without_steps_are_refused():

@@ -134,6 +134,18 @@ def test_weights_of_another_network_are_refused_before_anything_starts(weights):
         resolve(weights("whole", preset="mini"))
 
 
+def test_every_learning_rate_is_scaled_alike_and_that_of_the_references_too(tiny_folder):
+    folders = {"runs": str(tiny_folder / "runs"), "data": str(tiny_folder / "data")}
+    given = AdaptOptions(preset="tiny", name="rates", **folders)
+    plain, scaled = resolve(given), resolve(replace(given, rate_scale=2.0))
+    for one, two in (
+        (plain.plan, scaled.plan),
+        *((plain.references[n], scaled.references[n]) for n in plain.references),
+    ):
+        for before, after in zip(one.stages, two.stages, strict=True):
+            assert after.learning_rate(3) == pytest.approx(2 * before.learning_rate(3))
+
+
 def test_rates_are_the_presets_unless_they_are_asked_for(tiny_folder):
     given = AdaptOptions(preset="tiny", data=str(tiny_folder / "data"))
     assert resolve(given).preset.rates == "published"

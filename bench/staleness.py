@@ -22,24 +22,15 @@ import json
 import statistics
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from actors.protocols import ImageReader, LabelPlan, RawBatch, Stream, View
-from actors.student import Student
-from actors.teacher import label_seed, load_weights
-from pipelines.blocks import read_block
+from bench.alone import run_alone
 from pipelines.options import AdaptOptions
 from pipelines.results import versions
-from pipelines.setup import Setup, resolve
-from pipelines.streams import SampleStream, collate
+from pipelines.setup import resolve
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results/staleness.json"
@@ -48,145 +39,6 @@ PLOT = ROOT / "docs/pictures/staleness.svg"
 AGES = ("0", "8", "32", "128", "stage")
 KEEP_EVERY = 4
 """Steps between two weights that are kept for labelling."""
-
-Weights = dict[str, np.ndarray]
-
-
-class DirectStream:
-    """A sample stream that is read in this process, when a batch is asked for."""
-
-    def __init__(self, stream: SampleStream) -> None:
-        self.stream = stream
-        self.view: View = stream.view
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Of the stream."""
-        return self.stream.indices(positions)
-
-    def batches(self, position: int, steps: int, batch: int, rank: int, world: int) -> Iterator[RawBatch]:
-        """One student's batches."""
-        for step in range(steps):
-            (files,) = self.stream.blocks(position + step * batch + np.arange(batch), batch)
-            table = read_block(files, self.stream.size, self.stream.split.label_encoding, self.stream.cache)
-            yield collate(table, self.stream.size)
-
-
-class Shelf:
-    """Takes what the student publishes, and keeps as much as the forced age needs."""
-
-    def __init__(self, age: int | None) -> None:
-        self.age = age
-        self.versions: deque[tuple[int, Weights]] = deque()
-        self.newest: Weights = {}
-
-    def publish(self, version: int, network: nn.Module, *, pin: bool, student: nn.Module | None = None) -> None:
-        """Keep a copy."""
-        self.newest = {name: tensor.detach().numpy().copy() for name, tensor in network.state_dict().items()}
-        if self.age is not None or not self.versions:
-            self.versions.append((version, self.newest))
-
-    def rewind(self, step: int) -> None:
-        """Nothing was published before."""
-
-    def flush(self) -> None:
-        """Everything is here at once."""
-
-    def at(self, step: int) -> tuple[int, Weights]:
-        """The newest weights that are at least as old as the age; before there are any, the oldest."""
-        while self.age is not None and len(self.versions) > 1 and self.versions[1][0] <= step - self.age:
-            self.versions.popleft()
-        return self.versions[0]
-
-
-class LabelsOfAge:
-    """What a student reads instead of :class:`actors.label_view.LabelView`."""
-
-    def __init__(
-        self,
-        plan: LabelPlan,
-        network: Callable[[], nn.Module],
-        reader: ImageReader,
-        shelf: Shelf,
-        seed: int,
-        batch: int,
-    ) -> None:
-        self.plan, self.reader, self.shelf, self.seed, self.batch = plan, reader, shelf, seed, batch
-        self.network = network().eval().requires_grad_(False)
-        self.version: int | None = None
-        self.histograms = np.zeros((len(reader), plan.rule.num_classes, 256), np.int32)
-        self.records: dict[int, dict[str, np.ndarray]] = {}
-        self.thresholds: np.ndarray | None = None
-        self.ages: Counter[int] = Counter()
-        self.hits = self.misses = 0
-        self.wait_seconds = 0.0
-        for first in range(0, len(reader), batch):
-            self._label(range(first, min(first + batch, len(reader))), 0)
-
-    def poll(self, step: int, upcoming: np.ndarray) -> None:
-        """Label the images of the coming batch."""
-        began = time.perf_counter()
-        if self.shelf.age is not None:
-            self._label([int(index) for index in upcoming[: self.batch]], step)
-        self.wait_seconds += time.perf_counter() - began
-
-    def get(self, index: int, step: int) -> tuple[np.ndarray, float]:
-        """See :meth:`actors.label_view.LabelView.get`."""
-        assert self.version is not None
-        self.hits += 1
-        self.ages[step - self.version] += 1
-        record = self.records[index]
-        if self.plan.selection is None or self.thresholds is None:
-            return record[self.plan.label_column], 1.0
-        return self.plan.selection.apply(record, self.thresholds), 1.0
-
-    def _label(self, indices: range | list[int], step: int) -> None:
-        version, weights = self.shelf.at(step)
-        if version != self.version:
-            load_weights(self.network, weights)
-            self.version = version
-        images = [[self.reader.read(index, size) for index in indices] for size in self.plan.rule.view_sizes]
-        seeds = [label_seed(self.seed, self.reader.image_ids[index], version) for index in indices]
-        made = self.plan.rule.label(self.network, [torch.from_numpy(np.stack(view)) for view in images], seeds)
-        for index, item in zip(indices, made, strict=True):
-            self.histograms[index] = item.histogram
-            self.records[index] = item.columns
-        if self.plan.selection is not None:
-            self.thresholds = self.plan.selection.thresholds(self.histograms.sum(0, dtype=np.int64))
-
-
-class AloneLink:
-    """The student's link without a cluster."""
-
-    def __init__(self, setup: Setup, age: int | None) -> None:
-        self.setup = setup
-        self.publisher: Any = Shelf(age)
-        self.made: LabelsOfAge | None = None
-
-    def view(self, stage: int, stage_version: int) -> Any:
-        """Labels of one age; the stage is self-training."""
-        plan = self.setup.labels[stage]
-        batch = self.setup.plan.stages[stage].batch
-        network, reader = self.setup.plan.network, self.setup.target_reader
-        self.made = LabelsOfAge(plan, network, reader, self.publisher, self.setup.plan.seed, batch)
-        return self.made
-
-    def write(self, kind: str, step: int, numbers: dict[str, Any]) -> None:
-        """Nobody reads it."""
-
-    def say(self, message: str, step: int) -> None:
-        """To the terminal."""
-        print(f"step {step}: {message}", flush=True)
-
-    def stop_requested(self) -> bool:
-        """Never."""
-        return False
-
-    def bank_index(self) -> dict[str, Any]:
-        """There is no bank."""
-        return {}
-
-    def report(self, numbers: dict[str, Any]) -> None:
-        """Nobody waits."""
 
 
 def measure(start: str, seed: int, age: int | None, benchmark: str, data: str) -> dict[str, Any]:
@@ -198,21 +50,9 @@ def measure(start: str, seed: int, age: int | None, benchmark: str, data: str) -
                 benchmark=benchmark, seed=seed, init=start, from_stage=2, data=data, runs=folder, references="never"
             )
         )
-        (stage,) = setup.plan.stages
-        streams: dict[str, Stream] = {
-            name: DirectStream(stream) for name, stream in stage.streams.items() if isinstance(stream, SampleStream)
-        }
-        plan = replace(
-            setup.plan,
-            stages=(replace(stage, streams=streams),),
-            publish_every=KEEP_EVERY,
-            evaluate_every=0,
-            checkpoint_every=0,
-        )
-        link = AloneLink(setup, age)
-        Student(plan, link, 0, 1, torch.device("cpu")).run()
-        assert link.made is not None
+        link = run_alone(setup, age, publish_every=KEEP_EVERY)
         score = setup.make_scorer()(torch.device("cpu")).score(link.publisher.newest)
+    assert link.made is not None
     score.pop("confusion")
     ages = link.made.ages
     return {
@@ -222,7 +62,7 @@ def measure(start: str, seed: int, age: int | None, benchmark: str, data: str) -
         "score": score,
         "mean_age": sum(k * n for k, n in ages.items()) / ages.total(),
         "labels_read": ages.total(),
-        "steps": stage.steps,
+        "steps": setup.plan.total_steps,
         "seconds": round(time.perf_counter() - began, 1),
         "versions": versions(),
     }

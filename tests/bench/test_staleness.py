@@ -1,7 +1,8 @@
 import pytest
 from torch import nn
 
-from bench.staleness import Shelf, table
+from bench.alone import Shelf
+from bench.staleness import table
 
 
 def published(age, steps):
@@ -20,6 +21,13 @@ def test_labels_of_the_whole_stage_keep_the_weights_that_it_started_from():
     shelf = published(None, range(0, 400, 4))
     assert shelf.at(399)[0] == 0
     assert len(shelf.versions) == 1
+
+
+@pytest.mark.parametrize("age", [None, 8])
+def test_a_stage_labels_with_nothing_older_than_its_start(age):
+    shelf = published(age, range(0, 40, 4))
+    shelf.publish(40, nn.Linear(1, 1), pin=True)
+    assert shelf.at(41)[0] == 40
 
 
 def test_old_weights_do_not_pile_up():

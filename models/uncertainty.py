@@ -177,15 +177,17 @@ def monte_carlo_labels(
     withheld = torch.full_like(argmax, IGNORE)
     lowest = std = min_prob = None
     kept, value = confidence >= rule.min_confidence, argmax
-    if statistics or rule.published_min:
+    published = rule.strategy == "min" and rule.published_min
+    if statistics or published:
         min_prob, least_doubted = _lowest_volume(grids, size)
-        value = least_doubted if rule.strategy == "min" and rule.published_min else argmax
+        value = least_doubted if published else argmax
     if rule.strategy == "min":
         lowest = _winner_statistics(grids, winner, "min")
         kept = lowest >= rule.min_confidence
     if statistics or rule.strategy == "std":
         std = _winner_statistics(grids, winner, "std")
-        kept = kept & (std <= rule.max_std) if rule.strategy == "std" else kept
+        if rule.strategy == "std":
+            kept = kept & (std <= rule.max_std)
     label = torch.where(kept, value, withheld)
     return MonteCarloLabels(label, argmax, confidence, lowest, std, min_prob if statistics else None)
 

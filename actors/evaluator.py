@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from actors.checkpoints import CheckpointStore
 from actors.errors import UnreadableImage
 from actors.showcase import Showcase, Shown
-from actors.teacher import YIELDING, load_weights
+from actors.teacher import YIELDING, load_weights, prepare_torch
 from actors.watcher import Watcher
 from models.networks.deeplab import DeepLab, adapt_batch_norm
 from models.scores import ConfusionMatrix, protocol_means
@@ -165,7 +165,7 @@ class Evaluator:
         folder: str,
         threads: int = 1,
     ) -> None:
-        torch.set_num_threads(threads)
+        prepare_torch(threads)
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if device.type == "cpu":
             os.nice(YIELDING)

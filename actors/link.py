@@ -18,6 +18,7 @@ from actors.label_view import LabelView, Transport
 from actors.protocols import RunPlan
 from actors.publisher import Publisher
 from actors.student import Student
+from actors.teacher import prepare_torch
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs in every worker; ``config`` holds ``plan``, ``handles`` and ``threads``."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config["threads"])
+    prepare_torch(config["threads"])
     link = ClusterLink(config["plan"], config["handles"], rank, inside_train=True)
     if ray.get(config["handles"].run_log.watch.remote())["failure"]:
         # What ended the run is no matter for a restart, and Train goes on restarting until the driver's process ends.
@@ -123,7 +124,7 @@ def train_alone(plan: RunPlan, handles: Handles, threads: int, name: str) -> dic
     Returns:
         Student's summary and, under ``weights``, the final network as numpy.
     """
-    torch.set_num_threads(threads)
+    prepare_torch(threads)
     device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
     student = Student(plan, ClusterLink(plan, handles, 0, inside_train=False, name=name), 0, 1, device)
     summary = student.run()

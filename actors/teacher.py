@@ -40,6 +40,12 @@ def load_weights(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
             tensor.copy_(torch.from_numpy(np.array(weights[name])))
 
 
+def prepare_torch(threads: int) -> None:
+    """Threads of this process; and float32 is float32 on a GPU, too, whose convolutions would round to TF32."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class Labeller:
     """Makes blocks of pseudo-label records. Plain object.
 
@@ -134,7 +140,7 @@ class Teacher:
         board: Any,
         threads: int = 1,
     ) -> None:
-        torch.set_num_threads(threads)
+        prepare_torch(threads)
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if device.type == "cpu":
             os.nice(YIELDING)

@@ -59,7 +59,7 @@ class Shapes:
 
     source: Size
     target: Size
-    """In stage I, and of pseudo labels."""
+    """In stage I, and of pseudo labels that are not the published ones."""
     target_again: Size
     """In stage II."""
     crops: tuple[Size, Size]
@@ -68,6 +68,8 @@ class Shapes:
     score_views: tuple[Size, ...]
     source_jitter: tuple[float, float] = (0.8, 1.2)
     """Bounds of the scale jitter of source images in stage I."""
+    published_labels: Size | None = None
+    """Size of the published systems' pseudo labels; None where there are none."""
 
     def small(self, side: int) -> tuple[Size, Size]:
         """Source and target size with the longer side at most `side`, in their proportions."""
@@ -87,6 +89,10 @@ class Benchmark:
     """Share of a target image's height, from below, that shows the camera's own car, which is no class."""
     sure: float = 0.0
     """Probability that a pseudo label must reach in the published MRNet runs (methods §3.2)."""
+    batches: tuple[int, int] = (2, 9)
+    """Images of each domain in a batch of stage I and of stage II, in the published runs at full size."""
+    rates: tuple[float, float] = (2e-4, 1e-4)
+    """Base learning rates of both."""
 
     @property
     def primary_protocol(self) -> str:
@@ -298,7 +304,8 @@ _ROBOTCAR = _finder("RobotCar", ("RobotCar", "Oxford_Robot_ICCV19"), "train")
 
 def _city_shapes(target_again: Size) -> Shapes:
     views = ((1024, 512), (1280, 640))
-    return Shapes((1280, 720), (1024, 512), target_again, ((1024, 512), (512, 256)), views, views)
+    crops = (1024, 512), (512, 256)
+    return Shapes((1280, 720), (1024, 512), target_again, crops, views, views, published_labels=(2048, 1024))
 
 
 _BONNET = 0.23
@@ -327,6 +334,8 @@ BENCHMARKS: dict[str, Published] = {
             shapes=_city_shapes((1280, 720)),
             bonnet=_BONNET,
             sure=0.9,
+            batches=(1, 5),
+            rates=(1e-4, 1e-4),
             source_folder=_SYNTHIA,
             target_folder=_CITYSCAPES,
             open_source=synthia.train,
@@ -345,6 +354,7 @@ BENCHMARKS: dict[str, Published] = {
                 label_views=((1280, 960), (1600, 1200)),
                 score_views=((1280, 960), (1024, 768)),
                 source_jitter=(1.0, 1.0),
+                published_labels=(1280, 960),
             ),
             bonnet=_BONNET,
             source_folder=_CITYSCAPES,

@@ -1,11 +1,28 @@
-"""Refuse a value that an options class does not list, wherever it comes from."""
+"""Values of options: refused where a class does not list them, decided where a user left them open."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from actors.errors import RunError
+
+
+class Open(Protocol):
+    """A dataclass some of whose fields a user may leave open: None or ``auto``."""
+
+    OPEN: ClassVar[dict[str, tuple[Any, Any]]]
+    """What each of them stands for: in our default, and in the published system."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Options = TypeVar("Options", bound=Open)
+
+
+def decided(options: Options, faithful: bool) -> Options:
+    """The same options with every open field decided: as published, or as we hold better."""
+    left = {name: values for name, values in options.OPEN.items() if getattr(options, name) in (None, "auto")}
+    return dataclasses.replace(options, **{name: values[faithful] for name, values in left.items()})
 
 
 def check_choices(options: Any) -> None:

@@ -82,6 +82,9 @@ class AdaptOptions(DataOptions):
     """Images of each domain in a batch, instead of the preset's."""
     scale: float = 1.0
     """Multiplies every width and height of the preset."""
+    label_scale: float | None = None
+    """Multiplies width and height of pseudo labels. Default: 1; at full size with --faithful they are as large as the
+    published ones (2048×1024, four times the memory)."""
     rate_scale: float = 1.0
     """Multiplies every learning rate of the preset, those of the reference runs, too."""
     rates: Literal["auto", "published", "flat"] = "auto"
@@ -141,7 +144,7 @@ class AdaptOptions(DataOptions):
     rectified: RectifiedOptions = field(default_factory=RectifiedOptions)
     """Options of the recipe rectified."""
     mrnet: MrnetOptions = field(default_factory=MrnetOptions)
-    """Options of the recipe mrnet."""
+    """Options of the recipe mrnet, which is also stage I of the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,6 +155,8 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
         if not 0.1 <= self.scale <= 20:
             raise RunError(f"--scale is {self.scale}; give a factor from 0.1 to 20")
+        if self.label_scale is not None and not 0.1 <= self.label_scale <= 4:
+            raise RunError(f"--label-scale is {self.label_scale}; give a factor from 0.1 to 4")
         if not 0.001 <= self.rate_scale <= 1000:
             raise RunError(f"--rate-scale is {self.rate_scale}; give a factor from 0.001 to 1000")
         if self.pseudo_labels is not None and self.refresh == "continuous":

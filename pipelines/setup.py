@@ -26,7 +26,7 @@ from pipelines.pseudo_labels.given import check_given, with_given_labels
 from pipelines.pseudo_labels.table import Table
 from pipelines.recipes import recipe
 from pipelines.recipes.few_labels import with_few_labels
-from pipelines.recipes.recipe import Ingredients, Preset, Size, preset
+from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, preset
 from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
 from pipelines.views import network_input
@@ -139,7 +139,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     """
     chosen = recipe(options.recipe)
     pair, open_data = choose_pair(options)
-    size = sized_preset(options, pair, chosen.schedules)
+    size = sized_preset(options, pair, chosen)
     domains = open_data()
     if options.target_labels is not None:
         domains = domains.with_target_labels(options.target_labels)
@@ -165,6 +165,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         hard_pixels=options.hard_pixels,
         rare_weight=options.rare_weight,
         norm_affine=options.norm_affine,
+        alignment=options.mrnet,
         source=_opener(domains.source, options.seed, "source", cache),
         target=_opener(domains.target, options.seed, "target", cache),
         target_labelled=None
@@ -223,15 +224,22 @@ def open_domains(options: DataOptions, pair: Published) -> Domains:
     return pair.miniature(size, Path(options.data).absolute() / "miniature")
 
 
-def sized_preset(options: AdaptOptions, pair: Benchmark, schedules: int) -> Preset:
-    """The preset of the options, with the length, batch and image size that they ask for.
+def sized_preset(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Preset:
+    """The preset of the options for a recipe, with the length, batch and image size that they ask for.
 
     Raises:
         RunError: there is no such preset, or what is asked for leaves too few steps or pixels.
     """
     size = preset(options.resolved_preset, pair)
+    if size.name == "full" and chosen.full_steps is not None:
+        one, two = size.stages
+        size = replace(size, stages=(one, replace(two, steps=chosen.full_steps)))
+    if options.label_scale is not None:
+        size = size.with_label_scale(options.label_scale)
+    elif size.name == "full" and options.faithful and pair.shapes.published_labels is not None:
+        size = replace(size, label_size=pair.shapes.published_labels)
     if options.steps is not None:
-        size = size.with_steps(options.steps, schedules)
+        size = size.with_steps(options.steps, chosen.schedules)
     if options.batch is not None:
         size = size.with_batch(options.batch)
     if options.rate_scale != 1:

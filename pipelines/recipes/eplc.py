@@ -7,13 +7,13 @@ published behaviour back. Each difference stands in :class:`EplcOptions` or
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from actors.errors import RunError
 from actors.protocols import StagePlan
 from pipelines.label_rules import MonteCarloRule
-from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
+from pipelines.recipes.mrnet import alignment_stage
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stages
 from pipelines.selections import PercentileSelection
@@ -26,9 +26,16 @@ FEW_PIXELS = 288
 class EplcOptions(SelfTrainingOptions):
     """What decides EPLC beyond schedule and size."""
 
-    selection: Literal["percentile", "mean", "min", "std"] = "percentile"
+    OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {
+        **SelfTrainingOptions.OPEN,
+        "selection": ("percentile", "mean"),
+        "min_class": ("tested", "lowest"),
+    }
+
+    selection: Literal["auto", "percentile", "mean", "min", "std"] = "auto"
     """Which pixels a pseudo label keeps. mean, min, std: fixed thresholds on Monte-Carlo statistics, as published.
-    percentile: the most confident share of every class, so that no class starves."""
+    percentile: the most confident share of every class, so that no class starves. auto: percentile, and mean with
+    --faithful."""
     keep_share: float = 0.6
     """Share of every class that percentile selection keeps, in (0, 1]."""
     sure: float = 0.9
@@ -41,9 +48,9 @@ class EplcOptions(SelfTrainingOptions):
     """Monte-Carlo dropout passes."""
     label_dropout: float = 0.1
     """Channel dropout rate of the labelling passes, whatever the training rate."""
-    min_class: Literal["tested", "lowest"] = "tested"
+    min_class: Literal["auto", "tested", "lowest"] = "auto"
     """Which class min selection stores (Q-EP-3). tested: the one whose lowest pass it tests. lowest: the one whose
-    lowest pass is highest, as published."""
+    lowest pass is highest. auto: tested, and lowest with --faithful."""
     negative: float = 0.0
     """Weight of a loss on negative labels: classes that a pixel surely is not, made by the teachers beside the others.
     The published system makes them and does not use them. They more than double a label's size."""
@@ -63,14 +70,10 @@ class EplcOptions(SelfTrainingOptions):
         if not 0 <= self.label_dropout < 1:
             raise RunError(f"label_dropout is {self.label_dropout}; give a rate in [0, 1)")
 
-    def published(self) -> EplcOptions:
-        """The same with every choice of the published system that the default departs from."""
-        selection = "mean" if self.selection == "percentile" else self.selection
-        return replace(super().published(), selection=selection, min_class="lowest", negative=0.0)
-
 
 def labels_of(ingredients: Ingredients, options: EplcOptions) -> tuple[MonteCarloRule, PercentileSelection | None]:
     """How labels are made, and what is kept of them at reading."""
+    assert options.selection != "auto"
     preset, selection = ingredients.preset, None
     if options.selection == "percentile":
         pixels = preset.label_size[0] * preset.label_size[1]
@@ -93,9 +96,9 @@ def labels_of(ingredients: Ingredients, options: EplcOptions) -> tuple[MonteCarl
 
 def stages(ingredients: Ingredients, options: EplcOptions) -> tuple[StagePlan, ...]:
     """Stage I of MRNet, then self-training."""
-    options = options.published() if ingredients.faithful else options
+    options = options.resolved(ingredients.faithful)
     rounds = self_training_stages(ingredients, options, *labels_of(ingredients, options), negative=options.negative)
-    return alignment_stage(ingredients, MrnetOptions()), *rounds
+    return alignment_stage(ingredients), *rounds
 
 
 RECIPE = Recipe(
@@ -103,4 +106,5 @@ RECIPE = Recipe(
     summary="MRNet stage I, then pseudo labels corrected by Monte-Carlo dropout and rectified training (default)",
     schedules=2,
     stages=stages,
+    full_steps=100_000,
 )

@@ -26,11 +26,10 @@ class FewLabelsObjective:
         self,
         inner: Callable[[ObjectiveContext], Objective],
         term: SegmentationTerm,
-        crop: tuple[int, int],
         context: ObjectiveContext,
     ) -> None:
         self.inner, self.term = inner(context), term
-        self.balance = term.balance(crop, context)
+        self.balance = term.balance(context)
 
     def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
         """See :class:`actors.protocols.Objective`."""
@@ -68,7 +67,7 @@ def with_few_labels(stages: tuple[StagePlan, ...], ingredients: Ingredients) -> 
             replace(
                 stage,
                 streams={**stage.streams, STREAM: stream},
-                objective=partial(FewLabelsObjective, stage.objective, term, schedule.crop),
+                objective=partial(FewLabelsObjective, stage.objective, term),
             )
         )
     return tuple(changed)

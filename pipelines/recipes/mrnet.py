@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from models.losses import discriminator_loss, generator_loss, memory_regularisat
 from models.networks.deeplab import Logits, fused, upsample_logits
 from models.networks.discriminators import MultiScaleDiscriminator
 from models.schedule import poly, set_rate
+from pipelines.choices import check_choices, decided
 from pipelines.recipes.optimisation import Rate, sgd
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
@@ -30,6 +31,12 @@ MEMORY_FROM = 15_000 / 25_000
 class MrnetOptions:
     """What decides stage I beyond schedule and size; the defaults are those of the published runs."""
 
+    OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {
+        "teacher": ("average", "student"),
+        "statistics": ("target", "running"),
+    }
+    """What an option that is left open stands for: in our default, and in the published system."""
+
     adversarial_aux: float = 2e-4
     """Weight of the generator loss on the auxiliary head."""
     adversarial_main: float = 1e-3
@@ -42,13 +49,24 @@ class MrnetOptions:
     """Learning rate of the discriminators' Adam."""
     dropout: float = 0.1
     """Channel dropout rate of the student."""
+    teacher: Literal["auto", "average", "student"] = "auto"
+    """Which weights are published: the exponential moving average, or the student itself. auto: average, and student
+    with --faithful."""
+    statistics: Literal["auto", "target", "running"] = "auto"
+    """Their batch-norm statistics: of target images alone, or of both domains as training left them. auto: target, and
+    running with --faithful."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not 0 <= self.dropout < 1:
             raise RunError(f"dropout is {self.dropout}; give a rate in [0, 1)")
         for name in ("adversarial_aux", "adversarial_main", "memory", "gradient_penalty", "discriminator_rate"):
             if getattr(self, name) < 0:
                 raise RunError(f"{name} is {getattr(self, name)}; a weight or rate is not negative")
+
+    def resolved(self, faithful: bool) -> MrnetOptions:
+        """The same with everything decided that the user left open."""
+        return decided(self, faithful)
 
 
 class AlignmentObjective:
@@ -57,14 +75,13 @@ class AlignmentObjective:
     def __init__(
         self,
         term: SegmentationTerm,
-        crop: tuple[int, int],
         options: MrnetOptions,
         discriminator_width: int,
         horizon: int,
         context: ObjectiveContext,
     ) -> None:
         self.term, self.options, self.horizon, self.context = term, options, horizon, context
-        self.balance = term.balance(crop, context)
+        self.balance = term.balance(context)
         self.discriminators = nn.ModuleDict(
             {head: MultiScaleDiscriminator(term.num_classes, width=discriminator_width) for head in ("aux", "main")}
         ).to(context.device)
@@ -132,8 +149,9 @@ class AlignmentObjective:
         self.optimiser.load_state_dict(state["optimiser"])
 
 
-def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePlan:
-    """Stage I of MRNet, which is also stage I of EPLC."""
+def alignment_stage(ingredients: Ingredients) -> StagePlan:
+    """Stage I of MRNet, which is also stage I of Rectifying and EPLC."""
+    options = (ingredients.alignment or MrnetOptions()).resolved(ingredients.faithful)
     preset, schedule = ingredients.preset, ingredients.preset.stages[0]
     source_view = replace(
         training_view(ingredients, schedule, more_than_values=SOURCE_CROP_VALUES), jitter=preset.source_jitter
@@ -150,15 +168,14 @@ def alignment_stage(ingredients: Ingredients, options: MrnetOptions) -> StagePla
         objective=partial(
             AlignmentObjective,
             segmentation_term(ingredients),
-            schedule.crop,
             options,
             preset.discriminator_width,
             schedule.horizon,
         ),
         optimiser=sgd(preset, train_norm_affine=_train_norm_affine(ingredients)),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
-        ema_decay=None if ingredients.faithful else preset.ema_decay,
-        statistics="running" if ingredients.faithful else "target",
+        ema_decay=preset.ema_decay if options.teacher == "average" else None,
+        statistics="running" if options.statistics == "running" else "target",
         dropout=options.dropout,
         clip_norm=preset.clip_norm,
         plain_view=Whole(),
@@ -178,5 +195,5 @@ RECIPE = Recipe(
     name="mrnet",
     summary="stage I of MRNet: adversarial alignment and memory regularisation",
     schedules=1,
-    stages=lambda ingredients, options: (alignment_stage(ingredients, options),),
+    stages=lambda ingredients, options: (alignment_stage(replace(ingredients, alignment=options)),),
 )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from actors.errors import RunError
 from actors.protocols import StagePlan, Stream, View
 from models.networks.deeplab import DeepLabConfig
 from pipelines.benchmarks import Benchmark, common_part
+
+if TYPE_CHECKING:  # it builds on this module
+    from pipelines.recipes.mrnet import MrnetOptions
 
 Size = tuple[int, int]
 PUBLISHED_CROP = (1024, 512)
@@ -125,6 +128,10 @@ class Preset:
         one, two = (replace(stage, learning_rate=factor * stage.learning_rate) for stage in self.stages)
         return replace(self, stages=(one, two))
 
+    def with_label_scale(self, factor: float) -> Preset:
+        """The same preset with pseudo labels of another size."""
+        return replace(self, label_size=_scaled(self.label_size, factor))
+
     def with_scale(self, factor: float) -> Preset:
         """The same preset at another image size; every width and height is multiplied."""
 
@@ -161,6 +168,7 @@ class Ingredients:
         hard_pixels: percentile below which the supervised loss leaves pixels out; None for the recipe's own.
         rare_weight: weight of small and of absent classes; None for the recipe's own.
         norm_affine: whether the backbone's batch-norm affine parameters learn in stage I; auto as ``faithful`` says.
+        alignment: options of stage I, for the recipes that begin with it; None for their defaults.
     """
 
     preset: Preset
@@ -177,6 +185,7 @@ class Ingredients:
     hard_pixels: float | None = None
     rare_weight: float | None = None
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
+    alignment: MrnetOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -188,12 +197,14 @@ class Recipe:
         summary: one line for ``--help``.
         stages: builds the stages from the ingredients and the recipe's own options.
         schedules: how many of the preset's stage schedules it runs.
+        full_steps: steps of the second at full size, where the published system takes more or fewer than MRNet's.
     """
 
     name: str
     summary: str
     schedules: int
     stages: Callable[[Ingredients, Any], tuple[StagePlan, ...]]
+    full_steps: int | None = None
 
 
 def preset(name: str, benchmark: Benchmark) -> Preset:
@@ -220,8 +231,8 @@ def _full(benchmark: Benchmark) -> Preset:
                 steps=25_000,
                 horizon=100_000,
                 warmup=5_000,
-                learning_rate=2e-4,
-                batch=2,
+                learning_rate=benchmark.rates[0],
+                batch=benchmark.batches[0],
                 source_size=shapes.source,
                 target_size=shapes.target,
                 crop=shapes.crops[0],
@@ -230,8 +241,8 @@ def _full(benchmark: Benchmark) -> Preset:
                 steps=50_000,
                 horizon=100_000,
                 warmup=5_000,
-                learning_rate=1e-4,
-                batch=9,
+                learning_rate=benchmark.rates[1],
+                batch=benchmark.batches[1],
                 source_size=shapes.source,
                 target_size=shapes.target_again,
                 crop=shapes.crops[1],

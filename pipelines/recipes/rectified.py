@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from actors.errors import RunError
 from actors.protocols import StagePlan
 from pipelines.label_rules import MonteCarloRule
-from pipelines.recipes.mrnet import MrnetOptions, alignment_stage
+from pipelines.recipes.mrnet import alignment_stage
 from pipelines.recipes.recipe import Ingredients, Recipe
 from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stages
 
@@ -33,7 +33,7 @@ class RectifiedOptions(SelfTrainingOptions):
 
 def stages(ingredients: Ingredients, options: RectifiedOptions) -> tuple[StagePlan, ...]:
     """Stage I of MRNet, then self-training on its labels."""
-    options = options.published() if ingredients.faithful else options
+    options = options.resolved(ingredients.faithful)
     preset = ingredients.preset
     rule = MonteCarloRule(
         num_classes=ingredients.num_classes,
@@ -46,7 +46,7 @@ def stages(ingredients: Ingredients, options: RectifiedOptions) -> tuple[StagePl
         max_std=0.0,
         ignore_bottom=bottom(ingredients, options),
     )
-    return alignment_stage(ingredients, MrnetOptions()), *self_training_stages(ingredients, options, rule)
+    return alignment_stage(ingredients), *self_training_stages(ingredients, options, rule)
 
 
 RECIPE = Recipe(

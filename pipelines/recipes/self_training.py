@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from actors.protocols import Batch, LabelPlan, ObjectiveContext, Selection, Stag
 from actors.staleness import StalenessPolicy
 from models.losses import IGNORE, Divergence, memory_regularisation, negative_terms, rectified_terms
 from models.networks.deeplab import AUX_WEIGHT, Logits, upsample_logits
-from pipelines.choices import check_choices
+from pipelines.choices import check_choices, decided
 from pipelines.label_rules import NEGATIVE, MonteCarloRule
 from pipelines.recipes.optimisation import Rate, sgd
 from pipelines.recipes.recipe import Ingredients
@@ -36,6 +36,17 @@ Options = TypeVar("Options", bound="SelfTrainingOptions")
 class SelfTrainingOptions:
     """What decides how a network learns from pseudo labels, beyond schedule and size."""
 
+    OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {
+        "mixing": ("classes", "none"),
+        "source_weight": (1.0, 0.0),
+        "teacher": ("average", "student"),
+        "statistics": ("target", "running"),
+        "class_weights": ("normalised", "published"),
+        "colour": (0.3, 0.0),
+        "ignore_bottom": (None, 0.0),
+    }
+    """What an option that is left open stands for: in our default, and in the published systems."""
+
     loss: Literal["rectified", "plain"] = "rectified"
     """rectified: cross-entropy that counts less where the heads disagree, and their disagreement. plain:
     cross-entropy, and memory regularisation."""
@@ -47,26 +58,30 @@ class SelfTrainingOptions:
     ignore_bottom: float | None = None
     """Share of the image's height, from below, without pseudo labels. The camera's own bonnet is no class: whatever a
     network takes it for spreads upwards over the road, round by round. Default: 0.23 on the street benchmarks, 0 on
-    images of your own and as published."""
-    mixing: Literal["classes", "none"] = "classes"
-    """classes: paste half of the classes of a source image onto each target image. none: target images alone."""
-    source_weight: float = 1.0
-    """Weight of the supervised source loss in stage II; 0 leaves source images out."""
-    teacher: Literal["average", "student"] = "average"
-    """Which weights label: the exponential moving average, or the student itself."""
-    statistics: Literal["target", "running"] = "target"
+    images of your own and with --faithful."""
+    mixing: Literal["auto", "classes", "none"] = "auto"
+    """classes: paste half of the classes of a source image onto each target image. none: target images alone. auto:
+    classes, and none with --faithful."""
+    source_weight: float | None = None
+    """Weight of the supervised source loss in stage II; 0 leaves source images out. Default: 1, 0 with --faithful."""
+    teacher: Literal["auto", "average", "student"] = "auto"
+    """Which weights label: the exponential moving average, or the student itself. auto: average, and student with
+    --faithful."""
+    statistics: Literal["auto", "target", "running"] = "auto"
     """Batch-norm statistics of the teaching network: of target images alone, or of both domains as training left
-    them."""
-    normalise_weights: bool = True
-    """Divide the class weights of a batch by their mean over its labelled pixels. As published they are not, so the
-    loss of a batch with rare classes counts up to 49 times; a network that starts from random weights diverges."""
+    them. auto: target, and running with --faithful."""
+    class_weights: Literal["auto", "normalised", "published"] = "auto"
+    """normalised: the class weights of a batch of pseudo labels are divided by their mean over its labelled pixels.
+    published: they are not, so the loss of a batch with rare classes counts up to 49 times; a network that starts from
+    random weights diverges. auto: normalised, and published with --faithful."""
     dropout: float = 0.2
     """Channel dropout rate of the student in stage II."""
-    colour: float = 0.3
-    """Strength of the colour jitter on what the student sees in stage II."""
+    colour: float | None = None
+    """Strength of the colour jitter on what the student sees in stage II. Default: 0.3, and 0 with --faithful."""
     rounds: int = 1
     """Rounds that share the steps of stage II, each on labels that the network as it then stands has made, and nothing
-    is learned meanwhile (with --refresh once). A published round is a run of its own: --init RUN --from-stage 2."""
+    is learned meanwhile (with --refresh once). A published round begins at stage I again: export the labels of a run,
+    then --init STAGE_ONE --from-stage 2 --pseudo-labels FILE."""
     max_label_age: int | None = None
     """Steps after which a label is not used any more, until a teacher has made it anew; for labels made without end."""
     label_half_life: float | None = None
@@ -78,7 +93,7 @@ class SelfTrainingOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("source_weight", "colour", "memory"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0.0) < 0:
                 raise RunError(f"{name} is {getattr(self, name)}; it cannot be negative")
         for name in ("dropout", "ignore_bottom"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
@@ -92,18 +107,9 @@ class SelfTrainingOptions:
         if self.mixing == "classes" and self.source_weight == 0:
             raise RunError("mixing='classes' pastes source images, so source_weight must not be 0")
 
-    def published(self: Options) -> Options:
-        """The same with every choice of the published systems that the default departs from."""
-        return replace(
-            self,
-            mixing="none",
-            source_weight=0.0,
-            teacher="student",
-            statistics="running",
-            normalise_weights=False,
-            colour=0.0,
-            ignore_bottom=0.0,
-        )
+    def resolved(self: Options, faithful: bool) -> Options:
+        """The same with everything decided that the user left open."""
+        return decided(self, faithful)
 
 
 class SelfTrainingObjective:
@@ -112,14 +118,13 @@ class SelfTrainingObjective:
     def __init__(
         self,
         term: SegmentationTerm,
-        crop: tuple[int, int],
         options: SelfTrainingOptions,
         negative: float,
         context: ObjectiveContext,
     ) -> None:
         self.term, self.options, self.negative = term, options, negative
-        self.source_balance = term.balance(crop, context)
-        self.target_balance = term.balance(crop, context)
+        self.source_balance = term.balance(context)
+        self.target_balance = term.balance(context)
 
     def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
         """See :class:`actors.protocols.Objective`; methods §3.3 and §4.2."""
@@ -141,6 +146,7 @@ class SelfTrainingObjective:
             # One pass: both are normalised by the same batch statistics, those the running ones record.
             source, logits = _halves(network(torch.cat((batch.source, images))))
             supervised = self.term.of_logits(source, batch.source_label, self.source_balance)
+            assert self.options.source_weight is not None
             terms["loss/segmentation"] = self.options.source_weight * supervised
         more = self._plain if self.options.loss == "plain" else self._rectified
         terms |= more(logits, labels, weights)
@@ -164,7 +170,7 @@ class SelfTrainingObjective:
         """Methods §3.3."""
         logits = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
         class_weights = self.target_balance(labels)
-        if self.options.normalise_weights:
+        if self.options.class_weights == "normalised":
             class_weights = class_weights / _mean_weight(class_weights, labels)
         found = rectified_terms(
             logits, labels, class_weights, divergence=self.options.divergence, pixel_weights=weights
@@ -274,18 +280,18 @@ def _self_training_stage(
     # A pseudo label that is still all-255 shows one value: it takes its last draw, as a real one may have to.
     view = replace(
         training_view(ingredients, schedule, more_than_values=values),
-        colour=options.colour,
+        colour=options.colour or 0.0,
         autoaugment=options.autoaugment,
     )
     streams = {"target": ingredients.target(schedule.target_size, view)}
-    if options.source_weight > 0:
+    if options.source_weight:
         streams["source"] = ingredients.source(schedule.source_size, replace(view, seed=view.seed + 1))
     return StagePlan(
         name="self-training",
         steps=schedule.steps,
         batch=schedule.batch,
         streams=streams,
-        objective=partial(SelfTrainingObjective, segmentation_term(ingredients), schedule.crop, options, negative),
+        objective=partial(SelfTrainingObjective, segmentation_term(ingredients), options, negative),
         optimiser=sgd(preset, train_norm_affine=True),
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         labels=LabelPlan(
@@ -295,7 +301,7 @@ def _self_training_stage(
             extra_column=NEGATIVE if rule.negative else None,
         ),
         ema_decay=preset.ema_decay if options.teacher == "average" else None,
-        statistics=options.statistics,
+        statistics="running" if options.statistics == "running" else "target",
         dropout=options.dropout,
         clip_norm=preset.clip_norm,
         plain_view=Whole(),

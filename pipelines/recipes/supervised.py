@@ -27,7 +27,7 @@ class SegmentationTerm:
             a network that does not start from pretrained weights learns little else.
         max_value: weight of small and absent classes; 7 as published. The default is milder: at 7 a network that
             labels for itself sees ever more lights, signs and poles on façades.
-        small_class_pixels: a class with fewer pixels in an image of :data:`PUBLISHED_CROP` is small.
+        small_class_pixels: a class with fewer pixels an image of the batch is small.
     """
 
     num_classes: int
@@ -35,13 +35,11 @@ class SegmentationTerm:
     max_value: float = 2.5
     small_class_pixels: int = 4096
 
-    def balance(self, crop: tuple[int, int], context: ObjectiveContext) -> ClassBalance:
-        """Running class weights of the global batch, for crops of a size; the pixel count scales with the area."""
-        area = crop[0] * crop[1] / (PUBLISHED_CROP[0] * PUBLISHED_CROP[1])
-        pixels = max(1, round(self.small_class_pixels * area))
+    def balance(self, context: ObjectiveContext) -> ClassBalance:
+        """Running class weights of the global batch."""
         return ClassBalance(
             self.num_classes,
-            small_class_pixels=pixels,
+            small_class_pixels=self.small_class_pixels,
             max_value=self.max_value,
             total=context.sum_over_students,
         ).to(context.device)
@@ -61,11 +59,19 @@ class SegmentationTerm:
 
 PUBLISHED_HARD_PERCENTILE = 80.0
 PUBLISHED_MAX_VALUE = 7.0
+PUBLISHED_SMALL_PIXELS = 4096
 
 
 def segmentation_term(ingredients: Ingredients) -> SegmentationTerm:
-    """The supervised loss of a run, the same in its recipe and in its reference runs."""
-    term = SegmentationTerm(ingredients.num_classes)
+    """The supervised loss of a run, the same in its recipe and in its reference runs.
+
+    The pixel count of a small class scales with the area of stage I's crop, and is the same in stage II, whose
+    published crops are a quarter as large.
+    """
+    width, height = ingredients.preset.stages[0].crop
+    share = width * height / (PUBLISHED_CROP[0] * PUBLISHED_CROP[1])
+    small = max(1, round(PUBLISHED_SMALL_PIXELS * share))
+    term = SegmentationTerm(ingredients.num_classes, small_class_pixels=small)
     if ingredients.faithful:
         term = replace(term, hard_percentile=PUBLISHED_HARD_PERCENTILE, max_value=PUBLISHED_MAX_VALUE)
     if ingredients.hard_pixels is not None:
@@ -78,9 +84,9 @@ def segmentation_term(ingredients: Ingredients) -> SegmentationTerm:
 class SupervisedObjective:
     """The supervised term alone, on whichever labelled stream the stage has."""
 
-    def __init__(self, term: SegmentationTerm, crop: tuple[int, int], context: ObjectiveContext) -> None:
+    def __init__(self, term: SegmentationTerm, context: ObjectiveContext) -> None:
         self.term = term
-        self.balance = term.balance(crop, context)
+        self.balance = term.balance(context)
 
     def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
         """See :class:`actors.protocols.Objective`."""
@@ -134,7 +140,7 @@ def reference_stages(ingredients: Ingredients, domain: str, total: int) -> tuple
             steps=total,
             batch=schedule.batch,
             streams=streams,
-            objective=partial(SupervisedObjective, term, schedule.crop),
+            objective=partial(SupervisedObjective, term),
             optimiser=sgd(ingredients.preset, train_norm_affine=True),
             learning_rate=Rate(schedule.learning_rate, schedule.warmup, round(total * last.horizon / last.steps)),
             clip_norm=ingredients.preset.clip_norm,

@@ -162,7 +162,7 @@ def test_every_option_has_a_sentence_of_help():
     [
         AdaptOptions(),
         AdaptOptions(benchmark="gta2city", steps=400, seed=3, faithful=True, cache=False, data_root="/a folder/x"),
-        AdaptOptions(source="a.toml", target="b.toml", eplc=EplcOptions(keep_share=0.4, normalise_weights=False)),
+        AdaptOptions(source="a.toml", target="b.toml", eplc=EplcOptions(keep_share=0.4, class_weights="published")),
         AdaptOptions(
             recipe="mrnet",
             mrnet=MrnetOptions(memory=0.2),

@@ -25,6 +25,7 @@ from pipelines.views import class_mix
 
 CLASSES = 5
 CROP = (32, 24)
+TERM = SegmentationTerm(CLASSES, small_class_pixels=6)
 CONTEXT = ObjectiveContext(torch.device("cpu"), lambda value: value, lambda parameters: None)
 CONFIG = DeepLabConfig(
     num_classes=CLASSES,
@@ -201,9 +202,12 @@ def test_source_and_mixed_images_pass_the_network_as_one_batch():
     assert seen == [2 * len(given.target)]
 
 
-def test_small_classes_scale_with_the_crops_area():
-    assert SegmentationTerm(19).balance((1024, 512), CONTEXT).small_class_pixels == 4096
-    assert SegmentationTerm(19).balance((512, 256), CONTEXT).small_class_pixels == 1024
+def test_small_classes_are_those_of_stage_one_in_both_stages_and_scale_with_its_crop():
+    """Stage II has the class weights of stage I, though its crops are smaller (methods 3.3)."""
+    for stage in stages("eplc", EplcOptions()):
+        assert stage.objective(CONTEXT).term.balance(CONTEXT).small_class_pixels == 4096
+    half = segmentation_term(ingredients("full", preset=preset("full", benchmark("gta2city")).with_scale(0.5)))
+    assert half.small_class_pixels == 1024
 
 
 def test_the_faithful_run_is_the_published_one():
@@ -252,15 +256,32 @@ def test_a_preset_at_another_batch_and_image_size():
     )
 
 
-def test_published_options_keep_a_rule_that_was_published():
-    options = EplcOptions(selection="std", keep_share=0.3).published()
-    assert (options.selection, options.mixing, options.source_weight, options.teacher) == (
-        "std",
-        "none",
-        0.0,
-        "student",
-    )
-    assert EplcOptions().published().selection == "mean"
+def test_what_a_user_leaves_open_is_ours_or_the_published_choice_and_what_is_asked_for_holds():
+    ours, theirs = EplcOptions().resolved(False), EplcOptions().resolved(True)
+    assert (ours.selection, ours.mixing, ours.source_weight, ours.teacher) == ("percentile", "classes", 1.0, "average")
+    assert (theirs.selection, theirs.mixing, theirs.source_weight, theirs.teacher) == ("mean", "none", 0.0, "student")
+    assert (ours.class_weights, ours.min_class, ours.colour) == ("normalised", "tested", 0.3)
+    assert (theirs.class_weights, theirs.min_class, theirs.colour) == ("published", "lowest", 0.0)
+    asked = EplcOptions(selection="percentile", min_class="tested", negative=1.0, statistics="target", colour=0.2)
+    found = asked.resolved(True)
+    for name in ("selection", "min_class", "negative", "statistics", "colour"):
+        assert getattr(found, name) == getattr(asked, name)
+
+
+def test_every_option_that_is_left_open_is_decided():
+    for options in (EplcOptions(), RectifiedOptions(), MrnetOptions()):
+        for faithful in (False, True):
+            found = options.resolved(faithful)
+            assert all(getattr(found, name) != "auto" for name in vars(found))
+            assert all(getattr(found, name) is not None for name in ("source_weight", "colour") if hasattr(found, name))
+
+
+@pytest.mark.parametrize("name", ["teacher", "statistics"])
+def test_stage_one_publishes_what_it_is_told(name):
+    value = {"teacher": "student", "statistics": "running"}[name]
+    (stage,) = stages("mrnet", MrnetOptions(**{name: value}))
+    assert (stage.ema_decay is None) == (name == "teacher")
+    assert stage.statistics == ("running" if name == "statistics" else "target")
 
 
 @pytest.mark.parametrize(
@@ -363,12 +384,12 @@ def info(step=0, steps=10, seed=5):
 
 def alignment():
     torch.manual_seed(1)
-    return AlignmentObjective(SegmentationTerm(CLASSES), CROP, MrnetOptions(), 2, 100, CONTEXT)
+    return AlignmentObjective(TERM, MrnetOptions(), 2, 100, CONTEXT)
 
 
 def rectified(**options):
-    given = replace(EplcOptions(), **options)
-    return SelfTrainingObjective(SegmentationTerm(CLASSES), CROP, given, given.negative, CONTEXT)
+    given = replace(EplcOptions(), **options).resolved(False)
+    return SelfTrainingObjective(TERM, given, given.negative, CONTEXT)
 
 
 def total(terms):
@@ -466,7 +487,7 @@ def objectives():
     return {
         "alignment": alignment,
         "rectified": rectified,
-        "supervised": lambda: SupervisedObjective(SegmentationTerm(CLASSES), CROP, CONTEXT),
+        "supervised": lambda: SupervisedObjective(TERM, CONTEXT),
     }
 
 
@@ -488,8 +509,8 @@ def test_an_objective_goes_on_from_its_state(name):
 
 def test_the_supervised_objective_takes_whichever_labelled_stream_there_is():
     given = batch()
-    source = SupervisedObjective(SegmentationTerm(CLASSES), CROP, CONTEXT)
-    target = SupervisedObjective(SegmentationTerm(CLASSES), CROP, CONTEXT)
+    source = SupervisedObjective(TERM, CONTEXT)
+    target = SupervisedObjective(TERM, CONTEXT)
     net = network().eval()
     swapped = Batch(None, None, given.source, given.source_label, torch.ones(2))
     torch.testing.assert_close(
@@ -510,7 +531,7 @@ def test_with_a_few_target_labels_every_stage_of_any_recipe_learns_from_them_too
 
 
 def few(inner):
-    return FewLabelsObjective(lambda context: inner, SegmentationTerm(CLASSES), CROP, CONTEXT)
+    return FewLabelsObjective(lambda context: inner, TERM, CONTEXT)
 
 
 def test_a_few_target_labels_add_their_supervised_loss_and_change_no_other_term():
@@ -519,7 +540,7 @@ def test_a_few_target_labels_add_their_supervised_loss_and_change_no_other_term(
     made, same, term = network(), network(), SegmentationTerm(CLASSES)
     torch.manual_seed(4)
     expected = rectified().losses(made, plain, info())
-    expected["loss/target_labels"] = term(made, third.source, third.source_label, term.balance(CROP, CONTEXT))
+    expected["loss/target_labels"] = term(made, third.source, third.source_label, term.balance(CONTEXT))
     torch.manual_seed(4)
     torch.testing.assert_close(few(rectified()).losses(same, mixed, info()), expected)
 
@@ -564,7 +585,7 @@ def test_the_plain_loss_is_the_supervised_one_of_stage_one_on_pseudo_labels_with
     term = SegmentationTerm(CLASSES)
     torch.manual_seed(4)
     logits = made(given.target)
-    supervised = term.of_logits(logits, given.pseudo_label, term.balance(CROP, CONTEXT))
+    supervised = term.of_logits(logits, given.pseudo_label, term.balance(CONTEXT))
     enlarged = upsample_logits(logits, (CROP[1], CROP[0]))
     expected = {"loss/pseudo": supervised, "loss/memory": 0.1 * memory_regularisation(enlarged)}
     torch.testing.assert_close(found, expected)
@@ -575,10 +596,10 @@ def test_the_plain_loss_is_the_supervised_one_of_stage_one_on_pseudo_labels_with
 @pytest.mark.parametrize("divergence", ["published", "main_to_aux", "aux_to_main", "squared"])
 def test_the_rectified_loss_takes_the_divergence_that_it_is_told(divergence):
     given, made = batch(source=False), network().eval()
-    options = {"mixing": "none", "source_weight": 0.0, "normalise_weights": False}
+    options = {"mixing": "none", "source_weight": 0.0, "class_weights": "published"}
     found = rectified(divergence=divergence, **options).losses(made, given, info())
     logits = upsample_logits(made(given.target), (CROP[1], CROP[0]))
-    weights = SegmentationTerm(CLASSES).balance(CROP, CONTEXT)(given.pseudo_label)
+    weights = TERM.balance(CONTEXT)(given.pseudo_label)
     expected = rectified_terms(logits, given.pseudo_label, weights, divergence=divergence)
     assert total(found).item() == pytest.approx(expected.total().item(), rel=1e-5)
 
@@ -613,7 +634,7 @@ def test_bits_come_back_as_the_classes_that_they_were(classes):
     assert torch.equal(_unpacked(packed(negative), classes), negative)
 
 
-def test_negative_labels_are_made_where_their_loss_is_asked_for_and_never_as_published():
+def test_negative_labels_are_made_where_their_loss_is_asked_for():
     def second(**more):
         options = EplcOptions(negative=more.pop("negative", 0.0), selection="min")
         return stages("eplc", options, **more)[1].labels
@@ -622,7 +643,8 @@ def test_negative_labels_are_made_where_their_loss_is_asked_for_and_never_as_pub
     assert second().extra_column is None
     assert second(negative=1.0).rule.negative
     assert second(negative=1.0).extra_column == "negative"
-    assert not second(negative=1.0, faithful=True).rule.negative
+    assert second(negative=1.0, faithful=True).rule.negative, "asked for is asked for"
+    assert not second(faithful=True).rule.negative
     assert not second().rule.published_min
     assert second(faithful=True).rule.published_min
     with pytest.raises(RunError, match=r"negative is -1\.0"):

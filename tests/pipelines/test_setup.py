@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from actors.errors import RunError
+from pipelines.benchmarks import benchmark
 from pipelines.options import AdaptOptions
-from pipelines.setup import resolve
+from pipelines.recipes import recipe
+from pipelines.recipes.mrnet import MrnetOptions
+from pipelines.setup import resolve, sized_preset
 from tests.own_data import write_own_data
 
 
@@ -132,6 +135,40 @@ def test_a_run_may_begin_with_its_second_stage_where_it_has_the_weights_of_the_f
 def test_weights_of_another_network_are_refused_before_anything_starts(weights):
     with pytest.raises(RunError, match=r"whole\.pth: the checkpoint belongs to another network"):
         resolve(weights("whole", preset="mini"))
+
+
+@pytest.mark.parametrize(
+    ("name", "bench", "batches", "rates", "steps", "label"),
+    [
+        ("eplc", "gta2city", (2, 9), (2e-4, 1e-4), (25_000, 100_000), (2048, 1024)),
+        ("rectified", "gta2city", (2, 9), (2e-4, 1e-4), (25_000, 50_000), (2048, 1024)),
+        ("rectified", "synthia2city", (1, 5), (1e-4, 1e-4), (25_000, 50_000), (2048, 1024)),
+        ("rectified", "city2robot", (2, 9), (2e-4, 1e-4), (25_000, 50_000), (1280, 960)),
+    ],
+)
+def test_schedule_and_label_size_of_the_published_runs(name, bench, batches, rates, steps, label):
+    """Methods 3.1 to 4.2."""
+    full = sized_preset(AdaptOptions(preset="full", faithful=True), benchmark(bench), recipe(name))
+    assert tuple(stage.batch for stage in full.stages) == batches
+    assert tuple(stage.learning_rate for stage in full.stages) == rates
+    assert tuple(stage.steps for stage in full.stages) == steps
+    assert {stage.horizon for stage in full.stages} == {100_000}
+    assert full.label_size == label
+
+
+def test_labels_are_as_large_as_their_images_unless_asked_otherwise():
+    def size(**given):
+        return sized_preset(AdaptOptions(preset="full", **given), benchmark("gta2city"), recipe("eplc")).label_size
+
+    assert size() == (1024, 512)
+    assert size(faithful=True, label_scale=0.5) == (512, 256)
+
+
+def test_options_of_stage_one_reach_it_in_every_recipe(tiny_folder):
+    folders = {"runs": str(tiny_folder / "runs"), "data": str(tiny_folder / "data")}
+    for name in ("mrnet", "rectified", "eplc"):
+        given = AdaptOptions(preset="tiny", recipe=name, name="one", mrnet=MrnetOptions(dropout=0.35), **folders)
+        assert resolve(given).plan.stages[0].dropout == 0.35
 
 
 def test_every_learning_rate_is_scaled_alike_and_that_of_the_references_too(tiny_folder):

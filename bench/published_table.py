@@ -3,7 +3,8 @@
     python -m bench.published_table
 
 Ours are ``docs/results/real-<benchmark>-<ours>-s<seed>.json``, each the ``results.json`` of a run on real data, where
-``ours`` is what a row of the TOML file says. A row whose run nobody has made yet has an empty cell.
+``ours`` is what a row of the TOML file says. A row whose run nobody has made yet has an empty cell; a run that is not
+faithful, of another preset or from random weights is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +43,17 @@ def measured(benchmark: str, ours: str | None, folder: Path) -> list[dict[str, A
     """Results of our own runs that belong beside a row."""
     if ours is None:
         return []
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"real-{benchmark}-{ours}-s*.json"))]
+    found = []
+    for path in sorted(folder.glob(f"real-{benchmark}-{ours}-s*.json")):
+        result = json.loads(path.read_text())
+        run = result["run"]
+        if result["data"] != "real" or not run["faithful"] or run["init"] is None or run["preset"] != "full":
+            raise SystemExit(
+                f"{path.name} does not belong beside a published result: it is of {result['data']} data, preset "
+                f"{run['preset']}, {'' if run['faithful'] else 'not '}faithful, from {run['init'] or 'random weights'}"
+            )
+        found.append(result)
+    return found
 
 
 def page(published: dict[str, Any], folder: Path = ROOT / "docs/results") -> str:

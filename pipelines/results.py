@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -72,7 +73,34 @@ def assemble(
         "label_free": label_free,
         "skipped": student["skipped"],
         "seed": setup.options.seed,
+        "run": record(setup),
         "versions": versions(),
+    }
+
+
+def record(setup: Setup) -> dict[str, Any]:
+    """What the run did, with everything decided that its options left open."""
+    options = setup.options
+    chosen = {name: getattr(options, name).resolved(options.faithful) for name in {"mrnet", options.recipe}}
+    return {
+        "preset": setup.preset.name,
+        "faithful": options.faithful,
+        "refresh": options.resolved_refresh,
+        "init": options.init,
+        "label_size": list(setup.preset.label_size),
+        "stages": [
+            {
+                "name": stage.name,
+                "steps": stage.steps,
+                "batch": stage.batch,
+                "first_rate": stage.learning_rate(0),
+                "dropout": stage.dropout,
+                "ema_decay": stage.ema_decay,
+                "statistics": stage.statistics,
+            }
+            for stage in setup.plan.stages
+        ],
+        "options": {name: dataclasses.asdict(found) for name, found in sorted(chosen.items())},
     }
 
 

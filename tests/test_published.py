@@ -9,6 +9,7 @@ from pipelines.benchmarks import benchmark
 
 ROOT = Path(__file__).parent.parent
 ROWS = read()["row"]
+FAITHFUL = {"preset": "full", "faithful": True, "init": "/weights/DeepLab.pth"}
 INCONSISTENT = {("city2robot", "source"), ("city2robot", "AdaptSegNet"), ("city2robot", "PatchAlign")}
 """Published means that do not belong to the published classes (methods §8.3); and one of BiSeNet's (§8.1)."""
 
@@ -38,8 +39,24 @@ def test_the_page_is_the_one_that_the_data_make():
 
 def test_a_run_of_ours_finds_its_cell(tmp_path):
     for seed, miou in enumerate((45.0, 46.0)):
-        run = {"scores": {"adapted": {"miou": miou}}}
+        run = {"data": "real", "run": FAITHFUL, "scores": {"adapted": {"miou": miou}}}
         (tmp_path / f"real-gta2city-mrnet-s{seed}.json").write_text(json.dumps(run))
     lines = page(read(), tmp_path).splitlines()
     (line,) = (line for line in lines if line.startswith("| MRNet stage I | paper | 45.5 |"))
     assert line.endswith("| 45.5 ± 0.7 (2) |")
+
+
+@pytest.mark.parametrize(
+    ("data", "odd", "said"),
+    [
+        ("miniature", {}, "of miniature data"),
+        ("real", {"faithful": False}, "not faithful"),
+        ("real", {"init": None}, "from random weights"),
+        ("real", {"preset": "mini"}, "preset mini"),
+    ],
+)
+def test_a_run_that_cannot_be_compared_is_refused(tmp_path, data, odd, said):
+    run = {"data": data, "run": {**FAITHFUL, **odd}, "scores": {"adapted": {"miou": 50.0}}}
+    (tmp_path / "real-gta2city-mrnet-s0.json").write_text(json.dumps(run))
+    with pytest.raises(SystemExit, match=said):
+        page(read(), tmp_path)

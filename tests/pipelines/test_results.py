@@ -15,7 +15,7 @@ DESIGN = {
     "teachers": "images_per_s idle_share",
     "label_age_steps": "p50 p95 max",
 }
-EXTRAS = {"class_names", "steps", "labels", "skipped", "label_free", "target_labels"}
+EXTRAS = {"class_names", "steps", "labels", "skipped", "label_free", "target_labels", "run"}
 STUDENT = {
     "images_per_s": 10.0,
     "wait_share": 0.001,
@@ -45,6 +45,17 @@ def results(setup, **scores):
     return assemble(
         setup, {name: score(v) for name, v in scores.items()}, STUDENT, TEACHERS, {"adapt": 1.234}, label_free=FREE
     )
+
+
+def test_a_result_says_what_was_decided_for_it(setup):
+    ours = results(setup, adapted=30.0)["run"]
+    assert (ours["preset"], ours["faithful"], ours["init"], ours["refresh"]) == ("tiny", False, None, "continuous")
+    assert [stage["name"] for stage in ours["stages"]] == ["alignment", "self-training"]
+    assert ours["options"]["eplc"]["selection"] == "percentile"
+    theirs = results(replace(setup, options=replace(setup.options, faithful=True)), adapted=30.0)["run"]
+    assert theirs["options"]["eplc"]["selection"] == "mean"
+    assert theirs["options"]["mrnet"]["teacher"] == "student"
+    json.dumps(theirs)
 
 
 def test_a_score_stands_with_all_that_decides_it(setup):

@@ -40,7 +40,7 @@ SHOWN_MISTAKES = 20
 COMMANDS = ("adapt", "evaluate", "predict", "report", "export", "labels", "data")
 HELP = {
     "--resume RUN": "continue a stopped run",
-    "evaluate RUN": "score its newest checkpoint again, image by image",
+    "evaluate RUN": "score its newest checkpoint again, or a file of weights, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
     "report RUN": "write its report.html again, from the files in its directory",
     "export RUN": "its weights as the file that MRNet's and EPLC's code reads",
@@ -63,16 +63,30 @@ class ResumeOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Score the newest checkpoint of a run again, without training.
+    """Score the newest checkpoint of a run again, or a file of weights, without training.
 
-    Writes into the folder evaluation of the run directory: per_image.csv (IoU of every class in every image),
+    Writes into the folder evaluation, of a run in its directory: per_image.csv (IoU of every class in every image),
     confusion.csv, and worst, the ten worst images with their labels.
     """
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory."""
+    """Run directory; or a whole network in a published layout, such as MRNet's GTA5_25000.pth."""
     validation: str | None = None
     """TOML file of labelled target images to score on, of a run on images of your own. Default: those of the run."""
+    benchmark: str | None = None
+    """Of a file: whose validation images it is scored on. Default: synthia2city."""
+    data_root: str | None = None
+    """Of a file: folder with the real datasets. Without it, it is scored on the rendered miniature."""
+    preset: Literal["auto", "full", "mini", "tiny"] | None = None
+    """Of a file: which network it is, and at which sizes it looks at images. Default: full on real data, mini on the
+    miniature."""
+    out: str = "evaluation"
+    """Of a file: folder for what is written."""
+
+    def data(self) -> dict[str, str]:
+        """What was given of the data."""
+        given = {"benchmark": self.benchmark, "data_root": self.data_root, "preset": self.preset}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -334,8 +348,18 @@ def _adapt(options: AdaptOptions, console: Console, *, resume: bool = False) -> 
 
 
 def _evaluate(options: EvaluateOptions, console: Console) -> int:
-    from pipelines.rescore import rescore
+    from pipelines.rescore import rescore, score_file
 
+    if Path(options.run).is_file():
+        if options.validation is not None:
+            raise RunError("--validation belongs to a run on images of your own, and this is a file of weights")
+        print_table(score_file(options.run, options.data(), options.out), console)
+        console.print(f"every class in every image: {Path(options.out).absolute() / 'per_image.csv'}")
+        return 0
+    if options.data():
+        raise RunError(
+            f"--{next(iter(options.data())).replace('_', '-')} belongs to a file of weights; a run knows its own"
+        )
     config = read_config(options.run)
     if options.validation is not None:
         config = dataclasses.replace(config, validation=options.validation)
@@ -551,8 +575,7 @@ def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console:
     from pipelines.results import protocol_sentence, score_lines
 
     table = Table(
-        title=f"{results['benchmark']} ({results['data']}), recipe {results['recipe']}, seed {results['seed']}: "
-        "IoU in %",
+        title=f"{results['benchmark']} ({results['data']}), {_what(results)}: IoU in %",
         caption=protocol_sentence(results["protocol"]),
     )
     table.add_column("")
@@ -572,6 +595,11 @@ def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console:
         console.print(f"adapted also learned from the labels of {results['target_labels']} target images")
     if results.get("gap_closed") is not None:
         console.print(f"gap closed: {results['gap_closed']:.2f} of (oracle − source-only)", highlight=False)
+
+
+def _what(results: dict[str, Any]) -> str:
+    weights = results.get("weights")
+    return f"recipe {results['recipe']}, seed {results['seed']}" if weights is None else str(weights)
 
 
 def _print_labels(results: dict[str, Any], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Score the newest checkpoint of a run in this process, without Ray, image by image."""
+"""Score the newest checkpoint of a run, or weights in a file, in this process, without Ray, image by image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import heapq
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor
 
 from actors.errors import RunError
+from actors.evaluator import Scorer
 from models.scores import ConfusionMatrix, mean_iou
 from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
 from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
-from pipelines.setup import resolve
+from pipelines.setup import Setup, resolve
 from pipelines.trained import check_fits, check_same_classes
-from pipelines.weights import newest_weights
+from pipelines.weights import check_initial, load_initial, newest_weights
 
 WORST = 10
 WORST_SIDE = 480
@@ -47,19 +49,10 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = setup.make_scorer()(device)
     check_fits(scorer.network, weights, folder)
-    assert setup.domains.validation is not None
-    images = PerImage(setup.domains.validation, setup.benchmark.classes)
     path = folder / "results.json"
     known: dict[str, Any] = json.loads(path.read_text())["scores"] if path.is_file() else {}
     scores = {row: known.get(row) for row in ROW_NAMES}
-    adapted = scorer.score(weights, images.see)
-    confusion = adapted.pop("confusion")
-    scores["adapted"] = adapted
-    try:
-        images.write(folder / "evaluation")
-        write_confusion(folder / "evaluation" / CONFUSION, setup.benchmark.classes.names, confusion)
-    except OSError as error:
-        raise RunError(f"{folder / 'evaluation'} cannot be written: {error.strerror or error}") from error
+    scores["adapted"] = _scored(setup, scorer, weights, folder / "evaluation")
     return {
         "benchmark": setup.benchmark.name,
         "recipe": options.recipe,
@@ -70,6 +63,49 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
         "scores": scores,
         "step": step,
     }
+
+
+def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
+    """Score a whole network in a published layout, in the published protocol of a benchmark.
+
+    Args:
+        path: of the file; see :func:`pipelines.weights.read_weights`.
+        data: fields of :class:`pipelines.options.DataOptions`.
+        out: folder for what :func:`rescore` writes beside the scores.
+
+    Raises:
+        RunError: it cannot be read, is of another network or a backbone alone; or the results cannot be written.
+        DataError: the data are not where or what they should be.
+    """
+    setup = resolve(AdaptOptions(**data, init=path, name="file", references="never"), to_train=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = setup.make_scorer()(device)
+    if not check_initial(path, scorer.network):
+        raise RunError(f"{path} is a backbone alone, which cannot be scored; give a whole network")
+    load_initial(path, scorer.network)
+    weights = {name: tensor.cpu().numpy() for name, tensor in scorer.network.state_dict().items()}
+    return {
+        "benchmark": setup.benchmark.name,
+        "weights": Path(path).name,
+        "data": setup.data,
+        "protocol": {**protocol(setup), "network": Path(path).name},
+        "class_names": list(setup.benchmark.classes.names),
+        "scores": {"adapted": _scored(setup, scorer, weights, Path(out).absolute())},
+    }
+
+
+def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Path) -> dict[str, Any]:
+    """The score, and what goes with it on disk."""
+    assert setup.domains.validation is not None
+    images = PerImage(setup.domains.validation, setup.benchmark.classes)
+    found = scorer.score(weights, images.see)
+    confusion = found.pop("confusion")
+    try:
+        images.write(folder)
+        write_confusion(folder / CONFUSION, setup.benchmark.classes.names, confusion)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return found
 
 
 class PerImage:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from models.networks.deeplab import DeepLab, DeepLabConfig
 from models.networks.layouts import fitting, is_whole_network, load
 
 Weights = Literal["last", "recommended"]
@@ -89,7 +90,28 @@ def check_initial(path: str, network: nn.Module) -> bool:
         fitting(network, state)
     except ValueError as error:
         raise RunError(f"{path}: {error}") from error
-    return is_whole_network(state)
+    whole = is_whole_network(state)
+    if whole and isinstance(network, DeepLab):
+        _check_options(Path(path), network.config)
+    return whole
+
+
+def _check_options(path: Path, config: DeepLabConfig) -> None:
+    """Refuse weights whose opts.yaml says that they are of a network with the same names and another norm.
+
+    Raises:
+        RunError: it does.
+    """
+    beside = path.parent / "opts.yaml"
+    if path.is_dir() or not beside.is_file():
+        return
+    lines = (line.partition(":") for line in beside.read_text(encoding="utf-8", errors="replace").splitlines())
+    said = {name.strip(): value.strip().strip("'\"").lower() for name, _, value in lines}
+    for name, ours in (("norm_style", config.norm), ("use_se", str(config.use_se).lower())):
+        if said.get(name, ours) != ours:
+            raise RunError(
+                f"{beside} says {name}: {said[name]}, and this network has {ours}; they do not belong together"
+            )
 
 
 def load_initial(path: str, network: nn.Module) -> None:

@@ -10,8 +10,8 @@ from actors.errors import RunError
 from pipelines.datasets import Split
 from pipelines.datasets.classes import ClassSet
 from pipelines.options import AdaptOptions
-from pipelines.rescore import PerImage, rescore
-from pipelines.results import read_confusion, write_json
+from pipelines.rescore import PerImage, rescore, score_file
+from pipelines.results import read_confusion, score_lines, write_json
 from pipelines.setup import resolve
 from pipelines.trained import describe
 
@@ -50,6 +50,46 @@ def test_classes_in_another_order_than_those_trained_on_are_refused(options):
         RunError, match=r"was trained on the classes sidewalk, road, .* but its data now have road, side"
     ):
         rescore(options)
+
+
+@pytest.fixture
+def snapshot(options, tmp_path):
+    """A whole network as MRNet trained it on two devices, and the network."""
+    torch.manual_seed(0)
+    network = resolve(options).plan.network()
+    torch.save({f"module.{name}": tensor for name, tensor in network.state_dict().items()}, tmp_path / "GTA5_7.pth")
+    return str(tmp_path / "GTA5_7.pth"), network
+
+
+def test_a_published_snapshot_is_scored_as_the_same_weights_of_a_run_are(options, snapshot, tmp_path):
+    path, network = snapshot
+    data = {"preset": "tiny", "data": options.data}
+    found = score_file(path, data, str(tmp_path / "out"))
+    describe(resolve(options))
+    save(options, network)
+    expected = rescore(options)
+    assert found["scores"]["adapted"] == expected["scores"]["adapted"]
+    assert {item.name for item in (tmp_path / "out").iterdir()} == {"per_image.csv", "confusion.csv", "worst"}
+    (first, *_) = score_lines(found)
+    assert first.endswith("(GTA5_7.pth, 128×64, label size 128×64)")
+
+
+@pytest.mark.parametrize("line", ["norm_style: bn", "use_se: False", "norm_style: 'instance'"])
+def test_a_snapshot_of_another_norm_is_refused_though_its_names_fit(options, snapshot, tmp_path, line):
+    path, _ = snapshot
+    (tmp_path / "opts.yaml").write_text("model: DeepLab\nnorm_style: gn\nuse_se: true\n" + line + "\n")
+    with pytest.raises(RunError, match=rf"opts.yaml says {line.partition(':')[0]}: .* do not belong together"):
+        score_file(path, {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
+
+
+def test_a_backbone_alone_and_another_network_are_no_scores(options, snapshot, tmp_path):
+    path, network = snapshot
+    backbone = {name: t for name, t in network.state_dict().items() if not name.startswith(("layer5", "layer6"))}
+    torch.save(backbone, path)
+    with pytest.raises(RunError, match="is a backbone alone, which cannot be scored"):
+        score_file(path, {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
+    with pytest.raises(RunError, match=r"GTA5_7\.pth: the pretrained file does not fit"):
+        score_file(path, {"preset": "mini", "data": options.data}, str(tmp_path / "out"))
 
 
 def test_the_newest_checkpoint_is_scored_and_other_rows_are_those_of_the_run(options):

@@ -548,7 +548,8 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     """The final table: every score with its protocol, per class."""
     from pipelines.results import ROW_NAMES
 
-    rows = [(ROW_NAMES[key], value) for key, value in results["scores"].items() if value]
+    names = ROW_NAMES if "weights" not in results else {**ROW_NAMES, "adapted": "these weights"}
+    rows = [(names[key], value) for key, value in results["scores"].items() if value]
     if rows:
         _print_scores(results, rows, console)
     else:

@@ -120,10 +120,9 @@ def protocol_sentence(protocol: dict[str, Any]) -> str:
     """What was scored, for people; :func:`protocol` has the parts."""
     label = "×".join(map(str, protocol["label_size"]))
     views = ", ".join(f"{w}×{h}{' mirrored' if m else ''}" for w, h, m in protocol["views"])
-    return (
-        f"{protocol['classes']} classes; adapted = {protocol['network']} network at the last step; views {views}; "
-        f"labels {label}"
-    )
+    of_run = protocol["network"] in ("ema", "student")
+    what = f"adapted = {protocol['network']} network at the last step" if of_run else f"weights {protocol['network']}"
+    return f"{protocol['classes']} classes; {what}; views {views}; labels {label}"
 
 
 def score_lines(results: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.options import AdaptOptions
-from pipelines.results import assemble, score_lines, write_json
+from pipelines.results import assemble, protocol_sentence, score_lines, write_json
 from pipelines.setup import resolve
 
 DESIGN = {
@@ -67,6 +67,8 @@ def test_a_score_stands_with_all_that_decides_it(setup):
     views = [[1024, 512, False], [1024, 512, True], [1280, 640, False], [1280, 640, True]]
     found["protocol"] |= {"network": "student", "label_size": [2048, 1024], "views": views}
     assert score_lines(found)[0] == "mIoU16 = 30.0 (student, 1280×640 + TTA, label size 2048×1024)"
+    assert "adapted = student network at the last step" in protocol_sentence(found["protocol"])
+    assert "weights GTA5_7.pth" in protocol_sentence({**found["protocol"], "network": "GTA5_7.pth"})
 
 
 def test_the_result_has_the_keys_of_the_design(setup):

@@ -259,6 +259,7 @@ class StagePlan:
         dropout: channel dropout rate of the student in this stage; None leaves the network's own.
         clip_norm: bound on the norm of the student's gradient; None for none.
         plain_view: how target images look without augmentation, for ``statistics="target"``.
+        norm_images: images that are normalised together in training; None for all that pass the network at once.
     """
 
     name: str
@@ -275,6 +276,7 @@ class StagePlan:
     dropout: float | None = None
     clip_norm: float | None = None
     plain_view: View | None = None
+    norm_images: int | None = None
 
 
 @dataclass(frozen=True)

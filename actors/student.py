@@ -32,6 +32,7 @@ from actors.protocols import (
     StepInfo,
 )
 from actors.publisher import Publisher, TeachingNetwork
+from models.networks.deeplab import norm_statistics
 from models.schedule import set_rate
 
 LOOK_AHEAD_BATCHES = 8
@@ -136,6 +137,29 @@ class InBfloat16(nn.Module):
         with torch.autocast(self.device_type, torch.bfloat16):
             found = self.network(images)
         return found.float() if isinstance(found, Tensor) else type(found)(*(part.float() for part in found))
+
+
+class InChunks(nn.Module):
+    """A network whose batch norms see a few images at a time, as those of published runs on several devices did.
+
+    In training, every chunk is normalised by its own statistics, and the first alone moves the running ones: what
+    ``torch.nn.DataParallel`` does. In evaluation mode nothing changes.
+    """
+
+    def __init__(self, network: nn.Module, images: int) -> None:
+        super().__init__()
+        self.network, self.images = network, images
+
+    def forward(self, images: Tensor) -> Any:
+        """A tensor, or a named tuple of tensors, as the network returns it."""
+        if not self.training or len(images) <= self.images:
+            return self.network(images)
+        found = []
+        for number, chunk in enumerate(images.split(self.images)):
+            with norm_statistics(self.network, update=number == 0):
+                found.append(self.network(chunk))
+        first = found[0]
+        return torch.cat(found) if isinstance(first, Tensor) else type(first)(*map(torch.cat, zip(*found, strict=True)))
 
 
 class Student:
@@ -348,7 +372,7 @@ class Student:
             optimiser.load_state_dict(state["optimiser"])
             objective.load_state_dict(state["objective"])
             teaching.load_state_dict(state["teaching"])
-        network = self._parallel()
+        network = self._parallel(plan)
         stage = StageState(plan, index, first_step, network, optimiser, objective, teaching, streams=streams)
         if state is None and self.step > 0:
             self._checkpoint(stage, now=True)
@@ -524,9 +548,11 @@ class Student:
     def _every(self, steps: int) -> bool:
         return steps > 0 and self.step % steps == 0
 
-    def _parallel(self) -> nn.Module:
-        """The network as the objective calls it: gradients averaged over the students."""
+    def _parallel(self, plan: StagePlan) -> nn.Module:
+        """The network as a stage's objective calls it: gradients averaged over the students."""
         network = self.network
+        if plan.norm_images is not None:
+            network = InChunks(network, plan.norm_images)
         if self.precision == "bfloat16":
             network = InBfloat16(network, self.device.type)
         if self.world == 1:

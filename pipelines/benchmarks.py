@@ -93,6 +93,8 @@ class Benchmark:
     """Images of each domain in a batch of stage I and of stage II, in the published runs at full size."""
     rates: tuple[float, float] = (2e-4, 1e-4)
     """Base learning rates of both."""
+    norm_images: tuple[int | None, int | None] = (1, 3)
+    """Images on a device in both, which batch norm saw together; None where that is not known."""
 
     @property
     def primary_protocol(self) -> str:
@@ -335,6 +337,7 @@ BENCHMARKS: dict[str, Published] = {
             bonnet=_BONNET,
             sure=0.9,
             batches=(1, 5),
+            norm_images=(1, None),
             rates=(1e-4, 1e-4),
             source_folder=_SYNTHIA,
             target_folder=_CITYSCAPES,

@@ -99,6 +99,9 @@ class AdaptOptions(DataOptions):
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
     """Whether the scales and shifts of the backbone's batch norms learn in stage I. auto: train, and freeze with
     --faithful, which presumes a pretrained backbone."""
+    norm_images: int | None = None
+    """Images that batch norm sees together in training; the first of them alone move the running statistics. Default:
+    all of a student's batch, and at full size with --faithful as many as the published runs had on a device."""
     init: str | None = None
     """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
     (of MRNet or EPLC), or a run directory. Default: random."""
@@ -155,6 +158,8 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
         if not 0.1 <= self.scale <= 20:
             raise RunError(f"--scale is {self.scale}; give a factor from 0.1 to 20")
+        if self.norm_images is not None and self.norm_images < 1:
+            raise RunError(f"--norm-images is {self.norm_images}; batch norm needs at least one image")
         if self.label_scale is not None and not 0.1 <= self.label_scale <= 4:
             raise RunError(f"--label-scale is {self.label_scale}; give a factor from 0.1 to 4")
         if not 0.001 <= self.rate_scale <= 1000:

@@ -165,6 +165,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         hard_pixels=options.hard_pixels,
         rare_weight=options.rare_weight,
         norm_affine=options.norm_affine,
+        norm_images=options.norm_images,
         alignment=options.mrnet,
         source=_opener(domains.source, options.seed, "source", cache),
         target=_opener(domains.target, options.seed, "target", cache),

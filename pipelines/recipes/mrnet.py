@@ -179,6 +179,7 @@ def alignment_stage(ingredients: Ingredients) -> StagePlan:
         dropout=options.dropout,
         clip_norm=preset.clip_norm,
         plain_view=Whole(),
+        norm_images=ingredients.norm_images_of(schedule),
     )
 
 

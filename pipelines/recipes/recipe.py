@@ -35,6 +35,7 @@ class StageSchedule:
         batch: samples of each domain.
         source_size, target_size: base sizes (width, height) before jitter and crop.
         crop: network input in training.
+        norm_images: images that batch norm saw together in the published runs; None where that is not known.
     """
 
     steps: int
@@ -45,6 +46,7 @@ class StageSchedule:
     source_size: Size
     target_size: Size
     crop: Size
+    norm_images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Ingredients:
         hard_pixels: percentile below which the supervised loss leaves pixels out; None for the recipe's own.
         rare_weight: weight of small and of absent classes; None for the recipe's own.
         norm_affine: whether the backbone's batch-norm affine parameters learn in stage I; auto as ``faithful`` says.
+        norm_images: images that batch norm sees together in training; None as ``faithful`` says.
         alignment: options of stage I, for the recipes that begin with it; None for their defaults.
     """
 
@@ -185,7 +188,12 @@ class Ingredients:
     hard_pixels: float | None = None
     rare_weight: float | None = None
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
+    norm_images: int | None = None
     alignment: MrnetOptions | None = None
+
+    def norm_images_of(self, schedule: StageSchedule) -> int | None:
+        """Images that batch norm sees together in a stage; None for all of a student's."""
+        return schedule.norm_images if self.norm_images is None and self.faithful else self.norm_images
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,7 @@ def _full(benchmark: Benchmark) -> Preset:
                 source_size=shapes.source,
                 target_size=shapes.target,
                 crop=shapes.crops[0],
+                norm_images=benchmark.norm_images[0],
             ),
             StageSchedule(
                 steps=50_000,
@@ -246,6 +255,7 @@ def _full(benchmark: Benchmark) -> Preset:
                 source_size=shapes.source,
                 target_size=shapes.target_again,
                 crop=shapes.crops[1],
+                norm_images=benchmark.norm_images[1],
             ),
         ),
         label_size=shapes.target,

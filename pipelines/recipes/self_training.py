@@ -305,6 +305,7 @@ def _self_training_stage(
         dropout=options.dropout,
         clip_norm=preset.clip_norm,
         plain_view=Whole(),
+        norm_images=ingredients.norm_images_of(schedule),
     )
 
 

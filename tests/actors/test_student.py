@@ -1,3 +1,4 @@
+import copy
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from torch import nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
-from actors.student import InBfloat16, Student
+from actors.student import InBfloat16, InChunks, Student
 from models.networks.deeplab import DeepLab, DeepLabConfig
 
 CPU = torch.device("cpu")
@@ -640,6 +641,41 @@ def test_half_precision_is_the_networks_own_business(tmp_path, precision, half):
     assert set(seen) == {torch.float32}
     assert set(inside) == {torch.bfloat16 if half else torch.float32}
     assert {tensor.dtype for tensor in one.network.state_dict().values()} <= {torch.float32, torch.int64}
+
+
+def test_chunks_are_normalised_by_themselves_and_the_first_alone_is_remembered():
+    """Against one pass a chunk, as on devices of their own."""
+    torch.manual_seed(0)
+    whole = DeepLab(DeepLabConfig.small(5)).train()
+    for module in whole.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    alone, images = copy.deepcopy(whole), torch.randn(5, 3, 48, 64) * 50
+    found = InChunks(whole, 2).train()(images)
+    with torch.no_grad():
+        expected = [copy.deepcopy(alone)(chunk) for chunk in images.split(2)]
+        alone(images[:2])
+    for name in ("aux", "main"):
+        torch.testing.assert_close(getattr(found, name), torch.cat([getattr(part, name) for part in expected]))
+    torch.testing.assert_close(dict(whole.named_buffers()), dict(alone.named_buffers()))
+
+
+def test_chunks_change_nothing_in_evaluation():
+    network, images = TinyNetwork().eval(), torch.randn(3, 3, 8, 8)
+    assert torch.equal(InChunks(network, 1).eval()(images), network(images))
+
+
+def test_a_stage_says_how_many_images_are_normalised_together(tmp_path):
+    seen = []
+
+    class Watched(TinyNetwork):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    plan = run_plan(tmp_path, (stage([], steps=1, norm_images=1),))
+    student(replace(plan, network=Watched)).run()
+    assert set(seen) == {1}
 
 
 def test_a_network_with_several_outputs_keeps_their_names_in_half_precision():

@@ -58,6 +58,8 @@ def test_given_labels_are_one_round():
         ({"hard_pixels": 100.0}, "--hard-pixels is 100; give a percentile"),
         ({"hard_pixels": float("nan")}, "--hard-pixels is nan"),
         ({"rate_scale": 0.0}, "--rate-scale is 0.0; give a factor"),
+        ({"norm_images": 0}, "--norm-images is 0; batch norm needs"),
+        ({"label_scale": 9.0}, "--label-scale is 9.0; give a factor"),
         ({"rare_weight": 0.5}, "--rare-weight is 0.5; give a factor"),
         ({"norm_affine": "maybe"}, "norm_affine is 'maybe'; choose one of"),
     ],

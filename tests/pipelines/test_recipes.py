@@ -276,6 +276,16 @@ def test_every_option_that_is_left_open_is_decided():
             assert all(getattr(found, name) is not None for name in ("source_weight", "colour") if hasattr(found, name))
 
 
+@pytest.mark.parametrize(("bench", "published"), [("gta2city", [1, 3]), ("synthia2city", [1, None])])
+def test_batch_norm_sees_what_a_device_of_the_published_runs_held(bench, published):
+    def images(**more):
+        return [stage.norm_images for stage in stages("eplc", EplcOptions(), bench=bench, **more)]
+
+    assert images(faithful=True) == published
+    assert images() == [None, None]
+    assert images(faithful=True, norm_images=2) == [2, 2]
+
+
 @pytest.mark.parametrize("name", ["teacher", "statistics"])
 def test_stage_one_publishes_what_it_is_told(name):
     value = {"teacher": "student", "statistics": "running"}[name]

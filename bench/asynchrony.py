@@ -185,18 +185,18 @@ def simulated_table(rows: Sequence[dict[str, Any]]) -> str:
 # --- two real cores ------------------------------------------------------------------------------------------------
 
 
-def arrangements(rounds: Sequence[int]) -> dict[str, list[str]]:
-    """Name → arguments of run.py."""
+def arrangements(rounds: Sequence[int], threads: int) -> dict[str, list[str]]:
+    """Name → arguments of run.py; ``threads`` are those of either phase of turn-taking."""
     found = {"side by side": ["--threads", "1"]}
     for number in rounds:
-        name = f"turn-taking, {number} round{'s' if number > 1 else ''}"
-        found[name] = ["--threads", "2", "--refresh", "once", "--eplc.rounds", str(number)]
+        name = f"turn-taking, {number} round{'s' if number > 1 else ''}, {threads} thread{'s' if threads > 1 else ''}"
+        found[name] = ["--threads", str(threads), "--refresh", "once", "--eplc.rounds", str(number)]
     return found
 
 
-def run_real(start: str, benchmark: str, seed: int, rounds: Sequence[int], runs: Path, path: Path) -> None:
+def run_real(start: str, benchmark: str, seed: int, chosen: dict[str, list[str]], runs: Path, path: Path) -> None:
     """Every arrangement that is not there yet, one after the other."""
-    for name, arguments in arrangements(rounds).items():
+    for name, arguments in chosen.items():
         known: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
         if any((e["arrangement"], e["benchmark"], e["seed"]) == (name, benchmark, seed) for e in known):
             continue
@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--start", help="run directory of stage I; {seed} stands for the seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--rounds", nargs="+", type=int, default=[1, 3, 9], help="of turn-taking")
+    parser.add_argument("--threads", type=int, default=2, help="of either phase of turn-taking")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs")
     given = parser.parse_args()
     if given.what == "page":
@@ -308,7 +309,7 @@ def main() -> None:
     else:
         for seed in given.seeds:
             start = str(Path(given.start.format(seed=seed)).absolute())
-            run_real(start, given.benchmark, seed, given.rounds, given.runs, REAL)
+            run_real(start, given.benchmark, seed, arrangements(given.rounds, given.threads), given.runs, REAL)
 
 
 if __name__ == "__main__":

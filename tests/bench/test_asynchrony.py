@@ -23,7 +23,7 @@ def test_arrangements_are_compared_at_the_best_score_that_all_of_a_seed_reach():
 
 
 def test_turn_taking_gives_both_cores_to_either_phase_and_waits_for_every_round():
-    found = arrangements([1, 3])
+    found = arrangements([1, 3], 2)
     assert found["side by side"] == ["--threads", "1"]
-    assert found["turn-taking, 1 round"][:4] == ["--threads", "2", "--refresh", "once"]
-    assert found["turn-taking, 3 rounds"][-2:] == ["--eplc.rounds", "3"]
+    assert found["turn-taking, 1 round, 2 threads"][:4] == ["--threads", "2", "--refresh", "once"]
+    assert found["turn-taking, 3 rounds, 2 threads"][-2:] == ["--eplc.rounds", "3"]

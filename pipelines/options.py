@@ -16,6 +16,7 @@ from pipelines.choices import check_choices
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
 from pipelines.recipes.rectified import RectifiedOptions
+from pipelines.recipes.self_training import SelfTrainingOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -174,6 +175,9 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--from-stage is {self.from_stage}; stages are counted from 1")
         if self.from_stage > 1 and self.init is None:
             raise RunError(f"--from-stage {self.from_stage} needs --init with the weights of the stage before")
+        chosen = getattr(self, self.recipe, None)
+        if isinstance(chosen, SelfTrainingOptions):
+            chosen.check_refresh(self.resolved_refresh)
         if self.seed < 0:
             raise RunError(f"--seed is {self.seed}; give a number that is not negative")
 

@@ -127,11 +127,25 @@ def test_data_prepare_says_what_it_did(tmp_path, capsys):
         (["--preset", "huge"], "huge"),
         (["--refresh", "sometimes"], "sometimes"),
         (["--eplc.mixing", "magic"], "magic"),
+        (["--eplc.rounds", "2"], "add --refresh once"),
+        (["--refresh", "once", "--eplc.max-label-age", "9"], "max_label_age is 9, but labels of one round"),
         (["--bogus", "1"], "bogus"),
     ],
 )
 def test_an_option_that_cannot_work_is_refused(arguments, text, tmp_path, capsys):
     assert text in refused(arguments, tmp_path, capsys)
+
+
+def test_a_run_and_a_file_of_weights_are_scored_each_on_what_is_theirs(tmp_path, capsys):
+    assert called(["evaluate", str(tmp_path), "--benchmark", "gta2city"]) == 2
+    assert "--benchmark belongs to a file of weights" in capsys.readouterr().err
+    file = tmp_path / "GTA5_1.pth"
+    file.write_bytes(b"no weights")
+    assert called(["evaluate", str(file), "--validation", "mine.toml"]) == 2
+    assert "this is a file of weights" in capsys.readouterr().err
+    data = ["--preset", "tiny", "--out", str(tmp_path / "out")]
+    assert called(["evaluate", str(file), *data]) == 2
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_students_that_cannot_share_a_batch_are_refused_before_anything_starts(tmp_path, tiny_folder, capsys):

@@ -107,6 +107,23 @@ class SelfTrainingOptions:
         if self.mixing == "classes" and self.source_weight == 0:
             raise RunError("mixing='classes' pastes source images, so source_weight must not be 0")
 
+    def check_refresh(self, refresh: str) -> None:
+        """Refuse what belongs to the other way of making labels.
+
+        Raises:
+            RunError: rounds of labels that are made without end, or bounds on the age of a round's.
+        """
+        if refresh == "continuous" and self.rounds > 1:
+            raise RunError(
+                f"rounds is {self.rounds}, but labels are made without end; add --refresh once, or leave rounds out"
+            )
+        for name in ("max_label_age", "label_half_life"):
+            value = getattr(self, name)
+            if refresh == "once" and value is not None:
+                raise RunError(
+                    f"{name} is {value}, but labels of one round grow old by design; leave it or --refresh once out"
+                )
+
     def resolved(self: Options, faithful: bool) -> Options:
         """The same with everything decided that the user left open."""
         return decided(self, faithful)
@@ -233,11 +250,10 @@ def self_training_stages(
     Raises:
         RunError: there are fewer steps than rounds, or labels are made without end and so in no rounds.
     """
+    options.check_refresh(ingredients.refresh)
     stage, rounds = _self_training_stage(ingredients, options, rule, selection, negative), options.rounds
     if rounds == 1:
         return (stage,)
-    if ingredients.refresh == "continuous":
-        raise RunError(f"rounds is {rounds}, but labels are made without end; add --refresh once, or leave rounds out")
     if stage.steps < rounds:
         raise RunError(f"{stage.steps} steps of self-training cannot be {rounds} rounds; give more --steps")
     begins = [stage.steps * k // rounds for k in range(rounds + 1)]
@@ -250,16 +266,6 @@ def self_training_stages(
         )
         for k in range(rounds)
     )
-
-
-def _policy(ingredients: Ingredients, options: SelfTrainingOptions) -> StalenessPolicy:
-    given = {"max_label_age": options.max_label_age, "label_half_life": options.label_half_life}
-    for name, value in given.items():
-        if value is not None and ingredients.refresh == "once":
-            raise RunError(
-                f"{name} is {value}, but labels of one round grow old by design; leave it or --refresh once out"
-            )
-    return StalenessPolicy(ingredients.refresh, options.max_label_age, options.label_half_life)
 
 
 def _later(rate: Callable[[int], float], begun: int, step: int) -> float:
@@ -296,7 +302,7 @@ def _self_training_stage(
         learning_rate=Rate(schedule.learning_rate, schedule.warmup, schedule.horizon),
         labels=LabelPlan(
             rule=rule,
-            policy=_policy(ingredients, options),
+            policy=StalenessPolicy(ingredients.refresh, options.max_label_age, options.label_half_life),
             selection=selection,
             extra_column=NEGATIVE if rule.negative else None,
         ),

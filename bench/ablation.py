@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.marked import write_between
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs/results/ablation.json"
 PAGE = ROOT / "docs/ablation.md"
@@ -119,9 +121,7 @@ def write_page(benchmark: str) -> None:
     """The table, between the lines of ``docs/ablation.md`` that mark it."""
     entries = [e for e in json.loads(RESULTS.read_text()) if e["benchmark"] == benchmark]
     references = [json.loads(p.read_text()) for p in sorted((ROOT / "docs/results").glob(f"demo-{benchmark}-s*.json"))]
-    begin, end = "<!-- ablation -->", "<!-- ablation:end -->"
-    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
-    PAGE.write_text(f"{before}{begin}\n{table(entries, references)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    write_between(PAGE, "ablation", table(entries, references))
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ from actors.protocols import LabelPlan, RuleShape  # noqa: E402
 from actors.staleness import StalenessPolicy  # noqa: E402
 from actors.weight_board import WeightBoard  # noqa: E402
 from bench.label_path import Load, SleepingTeacher, simulated_nodes  # noqa: E402
+from bench.marked import write_between  # noqa: E402
 from pipelines.report.history import read_history  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -275,16 +276,9 @@ def _reached(seconds: float | None, score: float) -> str:
 
 def write_page(benchmark: str) -> None:
     """Both tables, between the lines of the page that mark them."""
-    text = PAGE.read_text(encoding="utf-8")
     runs = [e for e in json.loads(REAL.read_text()) if e["benchmark"] == benchmark]
-    for name, made in (
-        ("real", real_table(runs)),
-        ("simulated", simulated_table(json.loads(SIMULATED.read_text())["rows"])),
-    ):
-        begin, end = f"<!-- {name} -->", f"<!-- {name}:end -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(text, encoding="utf-8")
+    write_between(PAGE, "real", real_table(runs))
+    write_between(PAGE, "simulated", simulated_table(json.loads(SIMULATED.read_text())["rows"]))
 
 
 def main() -> None:

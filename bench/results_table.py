@@ -12,9 +12,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.marked import write_between
+
 ROOT = Path(__file__).parent.parent
 ROWS = ("source_only", "adabn", "adapted", "oracle")
-BEGIN, END = "<!-- results:table -->", "<!-- results:end -->"
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -41,11 +42,7 @@ def _line(name: str, seed: str, scores: list[float], closed: float) -> str:
 def main() -> None:
     """Replace what stands between the markers."""
     runs = [json.loads(path.read_text()) for path in sorted((ROOT / "docs/results").glob("demo-*.json"))]
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table(runs)}\n{END}{after}")
+    write_between(ROOT / "README.md", "results", table(runs))
 
 
 if __name__ == "__main__":

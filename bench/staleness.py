@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from bench.alone import run_alone
+from bench.marked import write_between
 from pipelines.options import AdaptOptions
 from pipelines.results import versions
 from pipelines.setup import resolve
@@ -96,6 +97,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def plot(entries: list[dict[str, Any]], path: Path) -> None:
     """Seeds as points, their mean as a line, an age beside the other."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -110,16 +112,15 @@ def plot(entries: list[dict[str, Any]], path: Path) -> None:
     axes.set_xlabel("forced age of the labels, steps")
     axes.set_ylabel("mIoU, %")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "staleness"}):  # or every drawing of the same data differs
+        figure.savefig(path, metadata={"Date": None})
 
 
 def write_page(benchmark: str) -> None:
     """The plot, and the table between the lines of the page that mark it."""
     entries = [e for e in json.loads(RESULTS.read_text()) if e["benchmark"] == benchmark]
     plot(entries, PLOT)
-    begin, end = "<!-- staleness -->", "<!-- staleness:end -->"
-    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
-    PAGE.write_text(f"{before}{begin}\n{table(entries)}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    write_between(PAGE, "staleness", table(entries))
 
 
 def main() -> None:

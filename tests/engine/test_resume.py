@@ -10,26 +10,27 @@ from engine_runs import TERMS, losses, start_run
 from pipelines.recipes.eplc import EplcOptions
 
 pytestmark = pytest.mark.slow
-ROUNDS = {"refresh": "once", "eplc": EplcOptions(rounds=2)}
-"""Steps 1 to 20 align, 21 to 30 and 31 to 40 learn from a round of labels each."""
+WAYS = {
+    "one student, two rounds": {"students": 1, "refresh": "once", "eplc": EplcOptions(rounds=2)},
+    "two students": {"students": 2, "refresh": "once"},
+}
+"""Steps 1 to 20 align; 21 to 40, or with two rounds 21 to 30 and 31 to 40, learn from a round of labels."""
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one student", "two students"])
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def uninterrupted(request, local_ray, tmp_path_factory, tiny_folder):
-    students = request.param
-    run = start_run(tmp_path_factory.mktemp("whole"), tiny_folder, students=students, **ROUNDS)
-    outcome = run.go()
+    outcome = start_run(tmp_path_factory.mktemp("whole"), tiny_folder, **request.param).go()
     assert outcome.results is not None
-    return students, losses(outcome.folder)
+    return request.param, losses(outcome.folder)
 
 
 def test_stopping_and_resuming_gives_the_same_losses(uninterrupted, local_ray, tmp_path, tiny_folder):
-    students, expected = uninterrupted
-    first = start_run(tmp_path, tiny_folder, students=students, **ROUNDS)
+    way, expected = uninterrupted
+    first = start_run(tmp_path, tiny_folder, **way)
     stopped = first.go(at_step=23, do=lambda run: run.interrupt())
     assert stopped.stopped
     assert 23 <= max(losses(stopped.folder)) < 40
-    resumed = start_run(tmp_path, tiny_folder, students=students, **ROUNDS).go()
+    resumed = start_run(tmp_path, tiny_folder, **way).go()
     assert resumed.results is not None
     assert losses(resumed.folder) == expected
 
@@ -37,16 +38,16 @@ def test_stopping_and_resuming_gives_the_same_losses(uninterrupted, local_ray, t
 def test_a_killed_student_resumes_from_its_checkpoint_with_the_same_losses(
     uninterrupted, local_ray, tmp_path, tiny_folder
 ):
-    students, expected = uninterrupted
+    way, expected = uninterrupted
 
     def kill(run):
         os.kill(run.student_pids()[-1], signal.SIGKILL)
 
-    outcome = start_run(tmp_path, tiny_folder, students=students, **ROUNDS).go(at_step=33, do=kill)
+    outcome = start_run(tmp_path, tiny_folder, **way).go(at_step=33, do=kill)
     assert outcome.results is not None
     assert losses(outcome.folder) == expected
     starts = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
-    assert sum(line["kind"] == "student" for line in starts) == 2 * students, "every student started twice"
+    assert sum(line["kind"] == "student" for line in starts) == 2 * way["students"], "every student started twice"
 
 
 def test_the_losses_that_are_compared_are_all_terms_of_all_stages(uninterrupted):

@@ -294,8 +294,8 @@ class RunPlan:
         log_every: steps between two lines of metrics.
         max_skipped_share: the share of unreadable images of a split above which the run ends.
         initial: fills a fresh network, or part of it, before the first step; None leaves it random.
-        precision: what the student's network computes in; ``auto`` is bfloat16 on a GPU and float32 elsewhere. Weights,
-            losses and everything that is published are float32 whatever it is.
+        precision: what the student's network computes in; ``auto`` is bfloat16 on a GPU that has it, else float32.
+            Weights, losses and everything that is published are float32 whatever it is.
     """
 
     network: Callable[[], nn.Module]

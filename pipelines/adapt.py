@@ -372,8 +372,8 @@ class Run:
         if self.bank is None:
             return
         index, stage = state.get("bank", {}), state["stage"]
-        ends = sum(plan.steps for plan in self.setup.plan.stages[: stage + 1])
-        self.labels_first = (stage if self.step < ends else stage + 1) in self.setup.labels
+        end = sum(plan.steps for plan in self.setup.plan.stages[: stage + 1])
+        self.labels_first = (stage if self.step < end else stage + 1) in self.setup.labels
         path = index.get("round_file")
         if index.get("stage") == stage and path:
             version = sum(plan.steps for plan in self.setup.plan.stages[:stage])

@@ -82,9 +82,8 @@ def _autocontrast(image: Tensor, magnitude: int, sign: float) -> Tensor:
     """Stretches every channel to 0…255, rounded down; a flat channel stays."""
     flat = image.reshape(-1, 3).double()
     low, high = flat.amin(0), flat.amax(0)
-    scale = torch.full_like(low, 255.0) / (high - low).clamp(
-        min=1
-    )  # a number / a tensor would be a reciprocal's product
+    # A number divided by a tensor would be its product with a reciprocal.
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1)
     stretched = (image.double() * scale - low * scale).trunc().clamp(0, 255)
     return torch.where(high > low, stretched, image.double()).to(torch.uint8)
 

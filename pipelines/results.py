@@ -88,6 +88,9 @@ def record(setup: Setup) -> dict[str, Any]:
         "refresh": options.resolved_refresh,
         "init": options.init,
         "label_size": list(setup.preset.label_size),
+        "rates": setup.preset.rates,
+        # None and auto: as ``faithful`` says.
+        "asked": {name: getattr(options, name) for name in ("hard_pixels", "rare_weight", "norm_affine")},
         "stages": [
             {
                 "name": stage.name,
@@ -97,6 +100,8 @@ def record(setup: Setup) -> dict[str, Any]:
                 "dropout": stage.dropout,
                 "ema_decay": stage.ema_decay,
                 "statistics": stage.statistics,
+                "norm_images": stage.norm_images,
+                "clip_norm": stage.clip_norm,
             }
             for stage in setup.plan.stages
         ],

@@ -52,6 +52,11 @@ def test_a_result_says_what_was_decided_for_it(setup):
     assert (ours["preset"], ours["faithful"], ours["init"], ours["refresh"]) == ("tiny", False, None, "continuous")
     assert [stage["name"] for stage in ours["stages"]] == ["alignment", "self-training"]
     assert ours["options"]["eplc"]["selection"] == "percentile"
+    assert ours["rates"] == setup.preset.rates
+    assert ours["asked"] == {"hard_pixels": None, "rare_weight": None, "norm_affine": "auto"}
+    few = tuple(replace(stage, norm_images=3) for stage in setup.plan.stages)
+    chunked = results(replace(setup, plan=replace(setup.plan, stages=few)), adapted=30.0)["run"]
+    assert [stage["norm_images"] for stage in chunked["stages"]] == [3, 3]
     theirs = results(replace(setup, options=replace(setup.options, faithful=True)), adapted=30.0)["run"]
     assert theirs["options"]["eplc"]["selection"] == "mean"
     assert theirs["options"]["mrnet"]["teacher"] == "student"

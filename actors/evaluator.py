@@ -147,6 +147,7 @@ class Evaluator:
         make_scorer: builds the scorer; None where there are no labels to score on.
         make_watcher: builds the watcher.
         make_showcase: builds the showcase; called when pictures are asked for.
+        make_source_scorer: builds the scorer of held-out source images; None where there are none.
         target: target images without labels, for AdaBN.
         board: where the newest weights hang.
         run_log: where numbers are written.
@@ -164,12 +165,14 @@ class Evaluator:
         run_log: Any,
         folder: str,
         threads: int = 1,
+        make_source_scorer: Callable[[torch.device], Scorer] | None = None,
     ) -> None:
         prepare_torch(threads)
         device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
         if device.type == "cpu":
             os.nice(YIELDING)
         self.scorer = None if make_scorer is None else make_scorer(device)
+        self.source_scorer = None if make_source_scorer is None else make_source_scorer(device)
         self.watcher = make_watcher(device)
         self.device, self.make_showcase = device, make_showcase
         self.target, self.board, self.run_log = target, board, run_log
@@ -196,9 +199,12 @@ class Evaluator:
         """Measure what needs no labels, and keep the weights if none looked better so far.
 
         Returns:
-            The signals, and under ``recommended`` the step whose weights are kept.
+            The signals, among them ``source_miou`` as a share of 1 where source images are held out, and under
+            ``recommended`` the step whose weights are kept.
         """
         signals = self.watcher.look(teaching, student)
+        if signals and self.source_scorer is not None:
+            signals["source_miou"] = self.source_scorer.score(teaching)["miou"] / 100
         if signals:
             self.run_log.write.remote("signals", step, signals)
             self.recommended.offer(step, signals["label_free_score"], teaching)

@@ -61,20 +61,21 @@ class Watcher:
             student: the student's own at the same step; None leaves ``agreement`` out.
 
         Returns:
-            What :class:`models.label_free.TargetSignals` measures, and ``class_shares``; ``stability`` from the second
-            time on. Empty when none of the images can be read.
+            What :class:`models.label_free.TargetSignals` measures, ``consistency``, with what the network sees in the
+            mirrored image, and ``class_shares``; ``stability`` from the second time on. Empty when none of the images
+            can be read.
         """
         load_weights(self.teaching, teaching)
         if student is not None:
             load_weights(self.student, student)
         signals, seen = TargetSignals(self.num_classes), []
         for number, inputs in enumerate(self._inputs()):
-            others = {}
+            assert isinstance(self.teaching, DeepLab)
+            others = {"consistency": fused(self.teaching(inputs.flip(-1))).argmax(1).flip(-1)}
             if student is not None:
                 others["agreement"] = self._classes(inputs)
             if self._before is not None and number < len(self._before):
                 others["stability"] = self._before[number]
-            assert isinstance(self.teaching, DeepLab)
             seen.append(signals.update(self.teaching(inputs), others))
         self._before = seen
         return {**signals.values(), "class_shares": signals.class_shares()} if seen else {}

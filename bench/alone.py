@@ -137,10 +137,10 @@ class LabelsOfAge:
 class AloneLink:
     """The student's link without a cluster; remembers what it is told."""
 
-    def __init__(self, setup: Setup, age: int | None) -> None:
+    def __init__(self, setup: Setup, shelf: Shelf) -> None:
         self.setup = setup
         self.lines: list[tuple[str, int, dict[str, Any]]] = []
-        self.publisher: Any = Shelf(age)
+        self.publisher: Any = shelf
         self.made: LabelsOfAge | None = None
 
     def view(self, stage: int, stage_version: int) -> Any:
@@ -171,20 +171,21 @@ class AloneLink:
         """Nobody waits."""
 
 
-def run_alone(setup: Setup, age: int | None, **changes: Any) -> AloneLink:
+def run_alone(setup: Setup, age: int | None, shelf: Shelf | None = None, **changes: Any) -> AloneLink:
     """Run the stages of a plan on labels of one age, in steps; None labels once, at a stage's start.
 
     Args:
         setup: of the run.
         age: of the labels, as far as weights are kept: ``publish_every`` decides how exactly it is met.
+        shelf: that takes what is published; default: a new one.
         changes: of the plan.
 
     Returns:
         The link, with what the student wrote, published and read.
     """
     stages = tuple(_direct(stage) for stage in setup.plan.stages)
-    plan: RunPlan = replace(setup.plan, stages=stages, evaluate_every=0, checkpoint_every=0, **changes)
-    link = AloneLink(setup, age)
+    plan: RunPlan = replace(setup.plan, **{"stages": stages, "evaluate_every": 0, "checkpoint_every": 0, **changes})
+    link = AloneLink(setup, Shelf(age) if shelf is None else shelf)
     Student(plan, link, 0, 1, torch.device("cpu")).run()
     return link
 

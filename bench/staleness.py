@@ -69,12 +69,12 @@ def measure(start: str, seed: int, age: int | None, benchmark: str, data: str) -
     }
 
 
-def add(path: Path, entry: dict[str, Any]) -> None:
-    """Write a result beside the others, unless another process has written it meanwhile."""
+def add(path: Path, entry: dict[str, Any], keys: tuple[str, ...] = ("age", "seed", "benchmark")) -> None:
+    """Write a result beside the others, unless another process has written one of the same keys meanwhile."""
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
-        if not any(all(e[key] == entry[key] for key in ("age", "seed", "benchmark")) for e in known):
+        if not any(all(e[key] == entry[key] for key in keys) for e in known):
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps([*known, entry], indent=1) + "\n")
             partial.rename(path)

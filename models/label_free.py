@@ -2,14 +2,14 @@
 
 All are means over the cells of the network's own grid. With p the softmax of the fused logits of a cell:
 entropy −Σ p ln p / ln C; diversity, the same of the mean of p over all cells; disagreement, the share of cells in which
-the two heads name different classes; agreement and stability, the shares in which the student, or the weights looked at
-before, name the same class as the teaching network.
+the two heads name different classes; agreement, consistency and stability, the shares in which the student, the same
+network on the mirrored image, or the weights looked at before, name the same class as the teaching network.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -80,3 +80,17 @@ def label_free_score(signals: Mapping[str, float]) -> float:
     cell, yet not of one class everywhere), less the disagreement of the heads.
     """
     return signals["diversity"] - signals["entropy"] - signals["disagreement"]
+
+
+SCORES: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {
+    "entropy": ("certainty: minus the entropy of a cell", lambda s: -s["entropy"]),
+    "information": ("diversity of the classes less entropy", lambda s: s["diversity"] - s["entropy"]),
+    "disagreement": ("agreement of the two heads", lambda s: -s["disagreement"]),
+    "agreement": ("agreement of student and average", lambda s: s["agreement"]),
+    "consistency": ("agreement with the mirrored image", lambda s: s["consistency"]),
+    "stability": ("share of cells whose pseudo label has not changed since the look before", lambda s: s["stability"]),
+    "source_miou": ("mIoU on source images that are held out", lambda s: s["source_miou"]),
+    "label_free": ("diversity less entropy and disagreement of the heads", label_free_score),
+}
+"""Scores by which networks of different runs can be ranked without a target label, higher is better: in words, and made
+of the signals. One whose signal is missing raises KeyError."""

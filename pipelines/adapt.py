@@ -256,6 +256,7 @@ class Run:
             self.run_log,
             f"{plan.folder}/recommended",
             setup.options.threads,
+            setup.make_source_scorer(),
         )
 
     def _train(self, interrupt: Interrupt) -> dict[str, Any]:

@@ -32,6 +32,25 @@ class Domains:
     """Labelled target images, for the evaluator only; None where a user has none."""
     few: Split | None = None
     """Labelled target images that a semi-supervised run may learn from; never scored on."""
+    held_out: Split | None = None
+    """Labelled source images that nothing learns from: what a score without target labels may be measured on."""
+
+    def with_held_out(self, count: int) -> Domains:
+        """The same domains with ``count`` source images, spread evenly, that nothing learns from.
+
+        Raises:
+            DataError: less than half of the source images would be left to learn from.
+        """
+        images = len(self.source)
+        if 2 * count > images:
+            raise DataError(
+                f"{count} of {images} source images cannot be held out: less than half would be left to learn from; "
+                f"hold out at most {images // 2}"
+            )
+        held_out = self.source.subset([k * images // count for k in range(count)])
+        rest = self.source.without(held_out.image_paths)
+        assert rest is not None
+        return replace(self, source=rest, held_out=held_out)
 
     def with_target_labels(self, listed: str) -> Domains:
         """The same domains with the labels of some target images to learn from; they are scored on no more.

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tomli_w
 
@@ -17,6 +17,7 @@ from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.recipes.self_training import SelfTrainingOptions
+from pipelines.recipes.supervised import PUBLISHED_HARD_PERCENTILE, PUBLISHED_MAX_VALUE, SegmentationTerm
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -75,6 +76,13 @@ class DataOptions:
 class AdaptOptions(DataOptions):
     """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
 
+    OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {
+        "hard_pixels": (SegmentationTerm.hard_percentile, PUBLISHED_HARD_PERCENTILE),
+        "rare_weight": (SegmentationTerm.max_value, PUBLISHED_MAX_VALUE),
+        "norm_affine": ("train", "freeze"),
+    }
+    """What an option that is left open stands for: in our default, and in the published systems."""
+
     recipe: str = "eplc"
     """Which system adapts: eplc, rectified or mrnet."""
     steps: int | None = None
@@ -109,6 +117,11 @@ class AdaptOptions(DataOptions):
     from_stage: int = 1
     """First stage to run, of a run that starts from the weights of the stage before (--init). --steps and the preset
     go on counting the stages that are left out."""
+    to_stage: int | None = None
+    """Last stage to run. Default: the recipe's last."""
+    held_out: int = 0
+    """Source images, spread evenly, that nothing learns from; how well they are segmented is one of the signals that
+    need no target label. A sweep holds some out by itself."""
     pseudo_labels: str | None = None
     """Parquet file of pseudo labels, from run.py labels, to learn from instead of teachers' labels. They are taken as
     they are: what selects or withholds labels in the recipe's options is not applied to them."""
@@ -175,6 +188,10 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--from-stage is {self.from_stage}; stages are counted from 1")
         if self.from_stage > 1 and self.init is None:
             raise RunError(f"--from-stage {self.from_stage} needs --init with the weights of the stage before")
+        if self.to_stage is not None and self.to_stage < self.from_stage:
+            raise RunError(f"--to-stage is {self.to_stage}, before --from-stage {self.from_stage}; no stage would run")
+        if self.held_out < 0:
+            raise RunError(f"--held-out is {self.held_out}; give a number of images, or 0")
         chosen = getattr(self, self.recipe, None)
         if isinstance(chosen, SelfTrainingOptions):
             chosen.check_refresh(self.resolved_refresh)

@@ -18,6 +18,7 @@ import ray
 import torch
 
 from models.scores import gap_closed
+from pipelines.recipes import recipe
 from pipelines.setup import Setup
 
 ROW_NAMES = {"source_only": "source-only", "adabn": "AdaBN", "adapted": "adapted", "oracle": "oracle"}
@@ -81,7 +82,10 @@ def assemble(
 def record(setup: Setup) -> dict[str, Any]:
     """What the run did, with everything decided that its options left open."""
     options = setup.options
-    chosen = {name: getattr(options, name).resolved(options.faithful) for name in {"mrnet", options.recipe}}
+    chosen = {
+        name: getattr(options, name).resolved(options.faithful)
+        for name in {options.recipe, *recipe(options.recipe).begins_with}
+    }
     return {
         "preset": setup.preset.name,
         "faithful": options.faithful,

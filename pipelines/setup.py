@@ -98,13 +98,16 @@ class Setup:
         """
         if self.domains.validation is None:
             raise RunError(f"{self.options.target} has no labels, so there is nothing to score on; give --validation")
-        return partial(
-            _scorer,
-            self.plan.network,
-            SplitReader(self.domains.validation, self.cache),
-            self.preset,
-            self.benchmark,
-        )
+        return self._scorer_of(self.domains.validation, self.preset.score_views, self.preset.score_mirrored)
+
+    def make_source_scorer(self) -> Callable[[torch.device], Scorer] | None:
+        """Builds the scorer of the source images that are held out, in one view; picklable. None without any."""
+        held_out = self.domains.held_out
+        return None if held_out is None else self._scorer_of(held_out, (self.preset.stages[-1].source_size,), False)
+
+    def _scorer_of(self, split: Split, views: tuple[Size, ...], mirrored: bool) -> Callable[[torch.device], Scorer]:
+        reader = SplitReader(split, self.cache)
+        return partial(_scorer, self.plan.network, reader, views, mirrored, self.benchmark)
 
     def make_watcher(self) -> Callable[[torch.device], Watcher]:
         """Builds the watcher of target images; picklable."""
@@ -143,6 +146,8 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     domains = open_data()
     if options.target_labels is not None:
         domains = domains.with_target_labels(options.target_labels)
+    if options.held_out:
+        domains = domains.with_held_out(options.held_out)
     named = replace(
         options,
         name=options.name or _default_name(options, pair),
@@ -175,8 +180,11 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         few=None if domains.few is None else _opener(domains.few, options.seed, "few", cache),
     )
     stages = chosen.stages(ingredients, getattr(options, options.recipe))
-    if options.from_stage > len(stages):
-        raise RunError(f"--from-stage is {options.from_stage}, but recipe {chosen.name} has {len(stages)} stages")
+    for name in ("from_stage", "to_stage"):
+        number = getattr(options, name)
+        if number is not None and number > len(stages):
+            flag = f"--{name.replace('_', '-')}"
+            raise RunError(f"{flag} is {number}, but recipe {chosen.name} has {len(stages)} stages")
     whole = False
     if options.init is not None and to_train:
         with torch.device("meta"):
@@ -193,7 +201,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         stages = with_given_labels(stages)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
-    stages = stages[options.from_stage - 1 :]
+    stages = stages[options.from_stage - 1 : options.to_stage]
     for stage in stages:
         if stage.batch % options.students:
             raise RunError(
@@ -310,7 +318,8 @@ def _opener(split: Split, seed: int, name: str, cache: DecodeCache) -> Callable[
 def _scorer(
     network: Callable[[], nn.Module],
     reader: SplitReader,
-    size: Preset,
+    views: tuple[Size, ...],
+    mirrored: bool,
     pair: Benchmark,
     device: torch.device,
 ) -> Scorer:
@@ -318,8 +327,8 @@ def _scorer(
         network,
         reader,
         network_input,
-        size.score_views,
-        size.score_mirrored,
+        views,
+        mirrored,
         len(pair.classes.names),
         pair.protocols,
         device,

@@ -106,5 +106,6 @@ RECIPE = Recipe(
     summary="MRNet stage I, then pseudo labels corrected by Monte-Carlo dropout and rectified training (default)",
     schedules=2,
     stages=stages,
+    begins_with=("mrnet",),
     full_steps=100_000,
 )

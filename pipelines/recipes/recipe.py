@@ -205,6 +205,7 @@ class Recipe:
         summary: one line for ``--help``.
         stages: builds the stages from the ingredients and the recipe's own options.
         schedules: how many of the preset's stage schedules it runs.
+        begins_with: recipes whose stages it begins with, and whose options count for them.
         full_steps: steps of the second at full size, where the published system takes more or fewer than MRNet's.
     """
 
@@ -212,6 +213,7 @@ class Recipe:
     summary: str
     schedules: int
     stages: Callable[[Ingredients, Any], tuple[StagePlan, ...]]
+    begins_with: tuple[str, ...] = ()
     full_steps: int | None = None
 
 

@@ -54,4 +54,5 @@ RECIPE = Recipe(
     summary="MRNet stage I, then its pseudo labels with the rectified loss, or the plain one",
     schedules=2,
     stages=stages,
+    begins_with=("mrnet",),
 )

@@ -32,7 +32,7 @@ PICTURE_NAMES = {
     "confidence": "confidence",
 }
 MOST_MESSAGES = 30
-SIGNALS = ("entropy", "diversity", "disagreement", "agreement", "stability")
+SIGNALS = ("entropy", "diversity", "disagreement", "agreement", "consistency", "stability", "source_miou")
 
 
 @dataclass(frozen=True)

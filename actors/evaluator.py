@@ -178,8 +178,12 @@ class Evaluator:
         self.target, self.board, self.run_log = target, board, run_log
         self.recommended = Recommended(folder)
 
-    def look_at_newest(self) -> int | None:
-        """Look at the weights that hang on the board; None when there are none, or they died with their student."""
+    def look_at_newest(self, score: bool = True) -> int | None:
+        """Look at the weights that hang on the board, and score them where there are labels.
+
+        Returns:
+            Their version; None when there are none, or they died with their student.
+        """
         try:
             version = ray.get(self.board.newest_version.remote())
             weights = None if version is None else ray.get(ray.get(self.board.take.remote(version)))
@@ -188,7 +192,7 @@ class Evaluator:
         if weights is None:
             return None
         self.look(version, *weights)
-        if self.scorer is not None:
+        if score and self.scorer is not None:
             result = self.scorer.score(weights[0])
             self.run_log.write.remote("score", version, {"miou": result["miou"], "oracle_metric": True})
         return int(version)

@@ -101,14 +101,34 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if ray.get(config["handles"].run_log.watch.remote())["failure"]:
         # What ended the run is no matter for a restart, and Train goes on restarting until the driver's process ends.
         return {"step": 0, "stopped": True}
-    device = ray.train.torch.get_device()
-    link.write("student", 0, {"rank": rank, "students": world, "pid": os.getpid(), "device": str(device)})
     try:
-        return Student(config["plan"], link, rank, world, device).run()
+        return _student(config["plan"], link, rank, world, ray.train.torch.get_device()).run()
     except (RunError, ray.exceptions.RayTaskError) as error:
         # Ray Train would start the same mistake again; the driver hears of it here and ends the run.
         ray.get(config["handles"].run_log.fail.remote(last_line(error)))
         raise
+
+
+def train_here(plan: RunPlan, handles: Handles, threads: int) -> dict[str, Any]:
+    """The one student of a run in this process, without Ray Train: nobody starts it again when it fails.
+
+    Returns:
+        See :meth:`actors.student.Student.run`.
+    """
+    prepare_torch(threads)
+    link = ClusterLink(plan, handles, 0, inside_train=False)
+    return _student(plan, link, 0, 1, _own_device()).run()
+
+
+def _student(plan: RunPlan, link: ClusterLink, rank: int, world: int, device: torch.device) -> Student:
+    """A student that has told the run that it is there."""
+    link.write("student", 0, {"rank": rank, "students": world, "pid": os.getpid(), "device": str(device)})
+    return Student(plan, link, rank, world, device)
+
+
+def _own_device() -> torch.device:
+    """The GPU that Ray gave this process, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
 
 
 def last_line(error: BaseException) -> str:
@@ -125,8 +145,7 @@ def train_alone(plan: RunPlan, handles: Handles, threads: int, name: str) -> dic
         Student's summary and, under ``weights``, the final network as numpy.
     """
     prepare_torch(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-    student = Student(plan, ClusterLink(plan, handles, 0, inside_train=False, name=name), 0, 1, device)
+    student = Student(plan, ClusterLink(plan, handles, 0, inside_train=False, name=name), 0, 1, _own_device())
     summary = student.run()
     weights = {name: tensor.cpu().numpy() for name, tensor in student.network.state_dict().items()}
     return {**summary, "weights": weights}

@@ -219,7 +219,10 @@ class Student:
         for index in range(first, 0 if done else len(self.plan.stages)):
             stage = self._begin(index, teaching, state)
             state, teaching = None, stage.teaching
-            self._run_stage(stage)
+            try:
+                self._run_stage(stage)
+            finally:
+                _close(stage.streams)
             if self.stopped:
                 break
         self.store.wait()
@@ -591,6 +594,14 @@ class Student:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+
+def _close(streams: dict[str, Iterator[RawBatch]]) -> None:
+    """End streams that read ahead; in a process that goes on, they would do so for ever."""
+    for stream in streams.values():
+        close = getattr(stream, "close", None)
+        if close is not None:
+            close()
 
 
 def precision_on(device: torch.device) -> Literal["float32", "bfloat16"]:

@@ -20,7 +20,7 @@ from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, UnreadableImage
 from actors.evaluator import Evaluator
 from actors.label_bank import LabelBank
-from actors.link import Handles, last_line, train_alone, train_loop
+from actors.link import Handles, last_line, train_alone, train_here, train_loop
 from actors.run_log import RunLog
 from actors.showcase import Shown
 from actors.teacher import Teacher
@@ -48,6 +48,21 @@ Watch = Callable[[str, dict[str, Any]], None]
 """Called with what happens: ``("phase", {...})``, ``("progress", {...})``, ``("message", {"text": ...})``."""
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How a run is carried out, apart from what it computes.
+
+    Attributes:
+        student_here: the one student runs in this process, without Ray Train: nobody starts it again when it dies.
+        pictures: whether there are pictures and a report.
+        score_on_the_way: whether the evaluator also scores what it looks at before the last step.
+    """
+
+    student_here: bool = False
+    pictures: bool = True
+    score_on_the_way: bool = True
+
+
 @dataclass
 class Outcome:
     """How a run ended."""
@@ -59,13 +74,14 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False) -> Outcome:
+def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False, manner: Manner = Manner()) -> Outcome:
     """Run a recipe on a benchmark.
 
     Args:
         options: what to run.
         watch: told what happens, often; must return at once.
         resume: continue the run of that name from its newest checkpoint.
+        manner: how.
 
     Raises:
         RunError: something the user gave cannot work.
@@ -87,7 +103,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False) -> Outco
     parts = cluster.shares(setup.options, cluster.total_resources())
     write_config(setup.options)
     describe(setup)
-    run = Run(setup, parts, watch, seconds, given)
+    run = Run(setup, parts, watch, seconds, given, manner)
     with stop_on_interrupt() as interrupt:
         return run.execute(interrupt)
 
@@ -142,8 +158,15 @@ class Run:
     """The processes of one run."""
 
     def __init__(
-        self, setup: Setup, shares: Shares, watch: Watch, seconds: dict[str, float], given: Table | None
+        self,
+        setup: Setup,
+        shares: Shares,
+        watch: Watch,
+        seconds: dict[str, float],
+        given: Table | None,
+        manner: Manner = Manner(),
     ) -> None:
+        self.manner = manner
         self.setup, self.shares, self.watch, self.seconds, self.given = setup, shares, watch, seconds, given
         self.seen_messages = 0
         self.teacher_status: dict[str, Any] = {}
@@ -177,6 +200,8 @@ class Run:
                 outcome.results = self._results(student, references)
         finally:
             self._end()
+        if not self.manner.pictures:
+            return outcome
         try:
             outcome.report = write_report(outcome.folder)
         except OSError as error:
@@ -198,7 +223,8 @@ class Run:
         try:
             if confusion is not None:
                 write_confusion(folder / CONFUSION, classes.names, confusion)
-            write_gallery(folder, shown, classes)
+            if self.manner.pictures:
+                write_gallery(folder, shown, classes)
         except OSError as error:
             self.watch("message", {"text": f"the pictures cannot be written: {error.strerror or error}"})
         return results
@@ -265,6 +291,17 @@ class Run:
         began = time.monotonic()
         self._reopen_round()
         handles = Handles(self.board, self.bank, self.run_log, setup.label_rows())
+        self.watch("phase", {"name": "adapt", "text": "adapting", "steps": setup.plan.total_steps})
+        train = self._train_here if self.manner.student_here else self._train_with_ray_train
+        value: dict[str, Any] = self._watched(lambda: train(handles), interrupt)
+        self.seconds["adapt"] = time.monotonic() - began
+        return value
+
+    def _train_here(self, handles: Handles) -> dict[str, Any]:
+        return train_here(self.setup.plan, handles, self.setup.options.threads)
+
+    def _train_with_ray_train(self, handles: Handles) -> dict[str, Any]:
+        setup = self.setup
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"plan": setup.plan, "handles": handles, "threads": setup.options.threads},
@@ -279,10 +316,7 @@ class Run:
                 failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=2),
             ),
         )
-        self.watch("phase", {"name": "adapt", "text": "adapting", "steps": setup.plan.total_steps})
-        result = self._watched(trainer.fit, interrupt)
-        self.seconds["adapt"] = time.monotonic() - began
-        value: dict[str, Any] = result.return_value
+        value: dict[str, Any] = trainer.fit().return_value
         return value
 
     def _watched(self, work: Callable[[], Any], interrupt: Interrupt) -> Any:
@@ -341,7 +375,7 @@ class Run:
         busy = self.scoring is not None and not ray.wait([self.scoring], timeout=0)[0]
         if every and self.step // every > self.scored and not busy and self.step < self.setup.plan.total_steps:
             self.scored = self.step // every
-            self.scoring = self.evaluator.look_at_newest.remote()
+            self.scoring = self.evaluator.look_at_newest.remote(self.manner.score_on_the_way)
 
     def _tell_failures(self, status: dict[str, Any]) -> None:
         failed = status["teacher_failures"] - self.teacher_status.get("teacher_failures", 0)
@@ -433,7 +467,8 @@ class Run:
         adapted = _as_numpy(state["teaching"]["network"])
         thresholds = state.get("bank", {}).get("thresholds")
         seen = {name: weights for name, weights in references.items() if name == "source_only"} | {"adapted": adapted}
-        pictures = self.evaluator.show.remote(seen, None if thresholds is None else np.array(thresholds, np.uint8))
+        kept = None if thresholds is None else np.array(thresholds, np.uint8)
+        pictures = self.evaluator.show.remote(seen, kept) if self.manner.pictures else None
         jobs = {"label_free": self.evaluator.look.remote(state["step"], adapted, _as_numpy(state["student"]))}
         if self.setup.domains.validation is not None:
             jobs["adapted"] = self.evaluator.score_weights.remote(adapted)
@@ -447,7 +482,7 @@ class Run:
         except ray.exceptions.RayError as error:
             raise _readable(error) from error
         try:
-            shown = ray.get(pictures)
+            shown = [] if pictures is None else ray.get(pictures)
         except ray.exceptions.RayError as error:  # scores are worth more than pictures
             shown = []
             self.watch("message", {"text": f"there are no pictures in the report: {last_line(error)}"})

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 
@@ -240,9 +240,16 @@ def command_line(options: AdaptOptions) -> str:
 
 def write_config(options: AdaptOptions) -> None:
     """Write the resolved options beside the run."""
-    path = options.folder() / "config.toml"
+    write_options(options.folder() / "config.toml", options)
+
+
+def write_options(path: Path, options: AdaptOptions, comment: str = "") -> None:
+    """Write options as TOML, below a comment, by rename: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tomli_w.dumps(_without_none(dataclasses.asdict(options))).encode())
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    partial = path.with_suffix(".partial")
+    partial.write_text(head + tomli_w.dumps(_without_none(dataclasses.asdict(options))), encoding="utf-8")
+    partial.rename(path)
 
 
 def _without_none(value: dict[str, Any]) -> dict[str, Any]:
@@ -262,10 +269,23 @@ def read_config(folder: str | Path) -> AdaptOptions:
     path = folder / "config.toml"
     if not path.is_file():
         raise RunError(f"{folder} is no run directory: it has no config.toml. Give a folder that a run printed.")
+    return dataclasses.replace(read_options(path), runs=str(folder.parent), name=folder.name)
+
+
+Options = TypeVar("Options", bound=AdaptOptions)
+
+
+def read_options(path: str | Path, kind: type[Options] = AdaptOptions) -> Options:  # type: ignore[assignment]
+    """Options in a file that :func:`write_options` wrote, or somebody by hand.
+
+    Raises:
+        RunError: there is no such file, or it has an option or a value that this version does not know.
+    """
     try:
-        plain: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        nested: dict[str, Any] = {name: kind(**plain.pop(name, {})) for name, kind in RECIPE_OPTIONS.items()}
-        options = AdaptOptions(**plain, **nested)
+        plain: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        nested: dict[str, Any] = {name: group(**plain.pop(name, {})) for name, group in RECIPE_OPTIONS.items()}
+        return kind(**plain, **nested)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
     except (TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RunError(f"{path} cannot be read by this version: {error}") from error
-    return dataclasses.replace(options, runs=str(folder.parent), name=folder.name)

@@ -8,6 +8,7 @@ through the object store.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import zlib
@@ -210,6 +211,14 @@ class _Segments(Iterator[RawBatch]):
             self.current, self.delivered = self.current + 1, 0
         return item
 
+    def close(self) -> None:
+        """End the reading, wherever it stands; nothing can be taken any more."""
+        if self.reader is not None:
+            ray.kill(self.reader)
+        for segment in self.open.values():
+            segment.close()
+        self.open, self.segments = {}, []
+
     def _open(self, number: int) -> None:
         if number < len(self.segments) and number not in self.open:
             blocks = self.stream.blocks(self.segments[number], self.rows)
@@ -221,6 +230,7 @@ class _Segment:
 
     def __init__(self, reader: Any, stream: SampleStream, blocks: list[list[SampleFile]], share: int) -> None:
         self.queue: queue.Queue[RawBatch | BaseException | None] = queue.Queue(QUEUE_BATCHES)
+        self.closed = False
         self.thread = threading.Thread(
             target=self._fill, args=(reader, stream, blocks, share), name="segment", daemon=True
         )
@@ -235,6 +245,13 @@ class _Segment:
             raise RuntimeError("a Ray Data segment ended before its last batch")
         return item
 
+    def close(self) -> None:
+        """End the thread, which may be waiting for room in the queue."""
+        self.closed = True
+        while self.thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self.queue.get(timeout=0.05)
+
     def _fill(self, reader: Any, stream: SampleStream, blocks: list[list[SampleFile]], share: int) -> None:
         try:
             plan = ReadPlan(stream.size, stream.split.label_encoding, stream.cache, stream.read_cpus)
@@ -242,6 +259,8 @@ class _Segment:
             for reference in read.remote(plan, blocks):
                 table = ray.get(reference)
                 for start in range(0, table.num_rows, share):
+                    if self.closed:
+                        return
                     self.queue.put(collate(table.slice(start, share), stream.size))
             self.queue.put(None)
         except BaseException as error:  # the student, not this thread, decides what an error means

@@ -38,7 +38,18 @@ NONE = "none"
 """How TOML, which has no word for it, spells None."""
 FIXED = {item.name for item in dataclasses.fields(DataOptions)} | {
     *RECIPE_OPTIONS,
-    *("recipe", "faithful", "seed", "init", "from_stage", "to_stage", "held_out", "pseudo_labels", "target_labels"),
+    *(
+        "recipe",
+        "faithful",
+        "seed",
+        "steps",
+        "init",
+        "from_stage",
+        "to_stage",
+        "held_out",
+        "pseudo_labels",
+        "target_labels",
+    ),
     *("students", "teachers", "threads", "references", "name", "runs", "cache", "address", "dashboard"),
 }
 """Options that all trials share: which data, where things stand, and what decides how many trials fit at a time."""

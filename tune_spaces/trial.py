@@ -1,0 +1,175 @@
+"""A trial: one run of a sweep. :class:`TrialRun` is an ordinary object; :class:`Trial` is its shell for Ray Tune."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+
+from models.label_free import SCORES
+from pipelines import cluster
+from pipelines.adapt import Interrupt, Manner, Run
+from pipelines.options import write_config
+from pipelines.setup import Setup, resolve
+from pipelines.trained import describe
+from tune_spaces.options import ORACLE, SweepOptions, read_sweep_options
+from tune_spaces.space import Point, with_point
+
+SECONDS_TO_STOP = 30.0
+SIGNALS_ALONE = ("class_shares", "recommended", "recommended_score", "kind", "step", "time")
+"""What stands beside the signals in a line of metrics."""
+
+
+class TrialRun:
+    """A run in a thread, whose looks are taken one by one.
+
+    Args:
+        sweep: options of the sweep.
+        trial: its id, and the name of its run directory: one that is there already is continued.
+        point: its values.
+    """
+
+    def __init__(self, sweep: SweepOptions, trial: str, point: Point) -> None:
+        self.sweep = sweep
+        self.options = dataclasses.replace(with_point(sweep.trial_options(), point), name=trial)
+        self.began = time.monotonic()
+        self.looks: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
+        self.interrupt = Interrupt()
+        self._looked = -1
+        self.thread = threading.Thread(target=self._work, name=f"trial {trial}", daemon=True)
+        self.thread.start()
+
+    def next(self) -> dict[str, Any]:
+        """Wait for the next look.
+
+        Returns:
+            ``{"step", "score", "signals", "finished"}``, and of the last one ``miou`` where target labels score it, and
+            ``seconds`` by phase.
+
+        Raises:
+            RunError: the run cannot go on; so with whatever else ended it.
+        """
+        item = self.looks.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """End the run, wherever it stands: it saves a checkpoint. Returns when its processes are gone."""
+        self.interrupt.asked = True
+        self.thread.join(SECONDS_TO_STOP)
+
+    def _work(self) -> None:
+        try:
+            found = self._run()
+        except BaseException as error:  # the process that waits for the next look decides what it means
+            self.looks.put(error)
+            return
+        if found is not None:
+            self.looks.put(found)
+
+    def _run(self) -> dict[str, Any] | None:
+        """The last look; None when the run was stopped."""
+        setup = self._setup()
+        done = Path(setup.plan.folder) / "results.json"
+        if done.is_file():  # the sweep ended before it heard of it
+            return self._last(json.loads(done.read_text(encoding="utf-8")))
+        parts = cluster.shares(setup.options, cluster.total_resources())
+        write_config(setup.options)
+        describe(setup)
+        manner = Manner(
+            student_here=setup.options.students == 1,
+            pictures=False,
+            score_on_the_way=self.sweep.metric == ORACLE,
+        )
+        seconds = {"start": time.monotonic() - self.began}
+        outcome = Run(setup, parts, self._watch, seconds, setup.open_given(), manner).execute(self.interrupt)
+        return None if outcome.results is None else self._last(outcome.results)
+
+    def _setup(self) -> Setup:
+        setup = resolve(self.options)
+        plan = dataclasses.replace(setup.plan, evaluate_every=max(1, setup.plan.total_steps // self.sweep.looks))
+        domains = setup.domains
+        if not self.sweep.scores_target:
+            domains = dataclasses.replace(domains, validation=None)
+        elif domains.validation is None:
+            setup.make_scorer()  # says what is missing
+        return dataclasses.replace(setup, plan=plan, domains=domains)
+
+    def _watch(self, kind: str, what: dict[str, Any]) -> None:
+        """Told by the run what happens; a look that is complete goes into the queue."""
+        line = what.get("signals") if kind == "progress" else None
+        if not line or line["step"] <= self._looked:
+            return
+        oracle = what.get("score", {})
+        if self.sweep.metric == ORACLE and oracle.get("step") != line["step"]:
+            return
+        self._looked = line["step"]
+        self.looks.put(self._look(line["step"], line, oracle.get("miou")))
+
+    def _last(self, results: dict[str, Any]) -> dict[str, Any]:
+        adapted = results["scores"]["adapted"]
+        miou = None if adapted is None else adapted["miou"]
+        look = self._look(results["steps"], results["label_free"], miou)
+        seconds = {**results["seconds"], "whole": round(time.monotonic() - self.began, 2)}
+        return {**look, "finished": True, "seconds": seconds, **({} if miou is None else {"miou": miou})}
+
+    def _look(self, step: int, line: dict[str, Any], miou: float | None) -> dict[str, Any]:
+        signals = {name: value for name, value in line.items() if name not in SIGNALS_ALONE}
+        score = score_of(self.sweep.metric, signals, miou)
+        return {"step": step, "score": score, "signals": signals, "finished": False}
+
+
+def score_of(metric: str, signals: dict[str, float], miou: float | None) -> float | None:
+    """The score of a look; None where what it is made of is missing or no finite number."""
+    if metric == ORACLE:
+        return miou
+    try:
+        found = SCORES[metric][1](signals)
+    except KeyError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+WORST = -1e9
+"""What Ray Tune hears of a look without a score: it must hear a number."""
+
+
+class Trial(ray.tune.Trainable):
+    """The shell. One process may serve several trials, one after the other, and keeps what it has imported."""
+
+    run: TrialRun | None = None
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Begin; see :class:`ray.tune.Trainable`."""
+        self.reset_config(config)
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next look."""
+        assert self.run is not None
+        look = self.run.next()
+        return {
+            "look": look,
+            "score": WORST if look["score"] is None else look["score"],
+            "step": look["step"],
+            "done": look["finished"],
+        }
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial."""
+        self.cleanup()
+        self.run = TrialRun(read_sweep_options(new_config["sweep"]), self.trial_id, new_config["point"])
+        return True
+
+    def cleanup(self) -> None:
+        """End what runs."""
+        if self.run is not None:
+            self.run.stop()
+        self.run = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import UnreadableImage
+from actors.labeller import helper_device, load_weights
 from actors.showcase import Showcase, Shown
-from actors.teacher import YIELDING, load_weights, prepare_torch
 from actors.watcher import Watcher
 from models.networks.deeplab import DeepLab, adapt_batch_norm
 from models.scores import ConfusionMatrix, protocol_means
@@ -167,10 +166,7 @@ class Evaluator:
         threads: int = 1,
         make_source_scorer: Callable[[torch.device], Scorer] | None = None,
     ) -> None:
-        prepare_torch(threads)
-        device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
-        if device.type == "cpu":
-            os.nice(YIELDING)
+        device = helper_device(threads)
         self.scorer = None if make_scorer is None else make_scorer(device)
         self.source_scorer = None if make_source_scorer is None else make_source_scorer(device)
         self.watcher = make_watcher(device)
@@ -234,6 +230,18 @@ class Evaluator:
     def show(self, rows: Mapping[str, Mapping[str, np.ndarray]], thresholds: np.ndarray | None) -> list[Shown]:
         """See :meth:`actors.showcase.Showcase.show`."""
         return self.make_showcase(self.device).show(rows, thresholds)
+
+
+class LastingEvaluator(Evaluator):
+    """An evaluator that works for one run after another; see :class:`actors.crew.LastingCrew`."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+        self.begin()
+
+    def begin(self) -> None:
+        """Work for the run whose arguments lie on the desk."""
+        super().__init__(*ray.get(ray.get(self.desk.read.remote("evaluator"))[0]))
 
 
 class Recommended:

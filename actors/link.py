@@ -15,10 +15,10 @@ import torch
 
 from actors.errors import RunError
 from actors.label_view import LabelView, Transport
+from actors.labeller import prepare_torch
 from actors.protocols import RunPlan
 from actors.publisher import Publisher
 from actors.student import Student
-from actors.teacher import prepare_torch
 
 
 @dataclass(frozen=True)

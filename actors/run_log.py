@@ -12,10 +12,15 @@ from typing import Any
 
 
 class RunLog:
-    """Writes ``metrics.jsonl`` and TensorBoard events, and keeps the newest value of everything."""
+    """Writes ``metrics.jsonl`` and TensorBoard events, and keeps the newest value of everything.
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    Args:
+        folder: where they go.
+        events: whether there are TensorBoard events; importing their writer takes seconds of a core.
+    """
+
+    def __init__(self, folder: str, events: bool = True) -> None:
+        self.folder, self.events = Path(folder), events
         self.folder.mkdir(parents=True, exist_ok=True)
         self.newest: dict[str, Any] = {}
         self.messages: list[str] = []
@@ -71,7 +76,7 @@ class RunLog:
 
     def _write_events(self, kind: str, step: int, numbers: dict[str, Any]) -> None:
         scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        if not scalars:
+        if not scalars or not self.events:
             return
         if self._events is None:
             from tensorboardX import SummaryWriter  # 0.5 s that no start should wait for

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import UnreadableImage
+from actors.labeller import label_seed, load_weights
 from actors.protocols import LabelPlan
-from actors.teacher import label_seed, load_weights
 from models.networks.deeplab import DeepLab
 from models.uncertainty import mean_probabilities, quantise, trunk_views
 

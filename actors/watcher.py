@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import UnreadableImage
+from actors.labeller import load_weights
 from actors.protocols import ImageReader
-from actors.teacher import load_weights
 from models.label_free import TargetSignals
 from models.networks.deeplab import DeepLab, fused
 

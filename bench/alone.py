@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from actors.labeller import label_seed, load_weights
 from actors.protocols import ImageReader, LabelPlan, RawBatch, RunPlan, StagePlan, Stream, View
 from actors.student import Student
-from actors.teacher import label_seed, load_weights
 from pipelines.blocks import read_block
 from pipelines.setup import Setup
 from pipelines.streams import SampleStream, collate

@@ -17,13 +17,12 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from actors.checkpoints import CheckpointStore
+from actors.crew import Crew
 from actors.errors import RunError, UnreadableImage
-from actors.evaluator import Evaluator
 from actors.label_bank import LabelBank
 from actors.link import Handles, last_line, train_alone, train_here, train_loop
 from actors.run_log import RunLog
 from actors.showcase import Shown
-from actors.teacher import Teacher
 from actors.weight_board import WeightBoard
 from pipelines import cluster
 from pipelines.cluster import HEAD, Shares, actor_options
@@ -54,12 +53,13 @@ class Manner:
 
     Attributes:
         student_here: the one student runs in this process, without Ray Train: nobody starts it again when it dies.
-        pictures: whether there are pictures and a report.
+        brief: nothing is made that only people look at: no pictures, no report, no
+            TensorBoard events, no score of the recommended step.
         score_on_the_way: whether the evaluator also scores what it looks at before the last step.
     """
 
     student_here: bool = False
-    pictures: bool = True
+    brief: bool = False
     score_on_the_way: bool = True
 
 
@@ -165,8 +165,9 @@ class Run:
         seconds: dict[str, float],
         given: Table | None,
         manner: Manner = Manner(),
+        crew: Crew | None = None,
     ) -> None:
-        self.manner = manner
+        self.manner, self.crew = manner, Crew() if crew is None else crew
         self.setup, self.shares, self.watch, self.seconds, self.given = setup, shares, watch, seconds, given
         self.seen_messages = 0
         self.teacher_status: dict[str, Any] = {}
@@ -176,7 +177,8 @@ class Run:
         self.scoring: Any = None
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""
-        self.run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote(setup.plan.folder)
+        run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD)
+        self.run_log = run_log.remote(setup.plan.folder, events=not manner.brief)
         self.board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote()
         # Kept, because an actor that restarts needs its arguments again. A short list travels by value: Ray prints a
         # warning for every reference among the arguments.
@@ -200,7 +202,7 @@ class Run:
                 outcome.results = self._results(student, references)
         finally:
             self._end()
-        if not self.manner.pictures:
+        if self.manner.brief:
             return outcome
         try:
             outcome.report = write_report(outcome.folder)
@@ -223,7 +225,7 @@ class Run:
         try:
             if confusion is not None:
                 write_confusion(folder / CONFUSION, classes.names, confusion)
-            if self.manner.pictures:
+            if not self.manner.brief:
                 write_gallery(folder, shown, classes)
         except OSError as error:
             self.watch("message", {"text": f"the pictures cannot be written: {error.strerror or error}"})
@@ -265,15 +267,18 @@ class Run:
             return
         setup, plan = self.setup, self.setup.plan
         if self.bank is not None and self.given is None:
-            teacher = ray.remote(Teacher).options(
-                max_restarts=-1, max_task_retries=0, **actor_options(self.shares.teacher)
+            self.teachers = self.crew.teachers(
+                setup.options.teachers,
+                actor_options(self.shares.teacher),
+                plan.network,
+                self.reader,
+                setup.labels,
+                plan.seed,
+                self.board,
+                setup.options.threads,
             )
-            self.teachers = [
-                teacher.remote(plan.network, self.reader, setup.labels, plan.seed, self.board, setup.options.threads)
-                for _ in range(setup.options.teachers)
-            ]
-        evaluator = ray.remote(Evaluator).options(max_restarts=-1, **actor_options(self.shares.evaluator))
-        self.evaluator = evaluator.remote(
+        self.evaluator = self.crew.evaluator(
+            actor_options(self.shares.evaluator),
             None if setup.domains.validation is None else setup.make_scorer(),
             setup.make_watcher(),
             setup.make_showcase(),
@@ -424,9 +429,10 @@ class Run:
             self.watch("message", {"text": text})
 
     def _retire_teachers(self) -> None:
-        for actor in [*self.teachers, *([self.bank] if self.bank is not None else [])]:
-            ray.kill(actor)
-        self.bank = None
+        if self.bank is not None:
+            ray.kill(self.bank)
+        self.crew.dismiss(self.teachers)
+        self.bank, self.teachers = None, []
 
     def _train_references(self, interrupt: Interrupt) -> dict[str, Any] | None:
         """Source-only and oracle, side by side; None when the user stopped them."""
@@ -468,11 +474,12 @@ class Run:
         thresholds = state.get("bank", {}).get("thresholds")
         seen = {name: weights for name, weights in references.items() if name == "source_only"} | {"adapted": adapted}
         kept = None if thresholds is None else np.array(thresholds, np.uint8)
-        pictures = self.evaluator.show.remote(seen, kept) if self.manner.pictures else None
+        pictures = None if self.manner.brief else self.evaluator.show.remote(seen, kept)
         jobs = {"label_free": self.evaluator.look.remote(state["step"], adapted, _as_numpy(state["student"]))}
         if self.setup.domains.validation is not None:
             jobs["adapted"] = self.evaluator.score_weights.remote(adapted)
-            jobs["recommended"] = self.evaluator.score_recommended.remote()
+            if not self.manner.brief:
+                jobs["recommended"] = self.evaluator.score_recommended.remote()
             for name, weights in references.items():
                 jobs[name] = self.evaluator.score_weights.remote(weights)
             if "source_only" in references:
@@ -491,9 +498,10 @@ class Run:
         return found, label_free, shown
 
     def _end(self) -> None:
-        for actor in [*self.teachers, self.bank, self.evaluator, self.board, self.run_log]:
+        for actor in (self.bank, self.board, self.run_log):
             if actor is not None:
                 ray.kill(actor)
+        self.crew.dismiss([*self.teachers, *([] if self.evaluator is None else [self.evaluator])])
 
 
 def _as_numpy(state: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from actors.errors import RunError
-from actors.teacher import load_weights
+from actors.labeller import load_weights
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.datasets.classes import ClassSet
 from pipelines.results import write_json

@@ -94,7 +94,7 @@ def loaded_by(*modules):
 
 
 def test_the_boards_start_without_torch():
-    loaded = loaded_by("actors.label_bank", "actors.weight_board", "actors.run_log")
+    loaded = loaded_by("actors.label_bank", "actors.weight_board", "actors.run_log", "actors.desk", "actors.teacher")
     assert "torch" not in loaded
     assert "ray" in loaded
 

@@ -299,9 +299,7 @@ def _stage_one(options: SweepOptions, watch: Watch) -> bool:
     newest = CheckpointStore(first.folder() / "checkpoints").steps()
     if newest and newest[-1] == resolve(first).plan.total_steps:
         return True
-    return not adapt(
-        first, watch, resume=(first.folder() / "config.toml").exists(), manner=Manner(pictures=False)
-    ).stopped
+    return not adapt(first, watch, resume=(first.folder() / "config.toml").exists(), manner=Manner(brief=True)).stopped
 
 
 def _about(options: SweepOptions, data: str, benchmark: str) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import ray.tune
 
+from actors.crew import Crew, LastingCrew
 from models.label_free import SCORES
 from pipelines import cluster
 from pipelines.adapt import Interrupt, Manner, Run
+from pipelines.cluster import HEAD
 from pipelines.options import write_config
 from pipelines.setup import Setup, resolve
 from pipelines.trained import describe
@@ -34,10 +36,11 @@ class TrialRun:
         sweep: options of the sweep.
         trial: its id, and the name of its run directory: one that is there already is continued.
         point: its values.
+        crew: who brings teachers and evaluator.
     """
 
-    def __init__(self, sweep: SweepOptions, trial: str, point: Point) -> None:
-        self.sweep = sweep
+    def __init__(self, sweep: SweepOptions, trial: str, point: Point, crew: Crew) -> None:
+        self.sweep, self.crew = sweep, crew
         self.options = dataclasses.replace(with_point(sweep.trial_options(), point), name=trial)
         self.began = time.monotonic()
         self.looks: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
@@ -86,11 +89,11 @@ class TrialRun:
         describe(setup)
         manner = Manner(
             student_here=setup.options.students == 1,
-            pictures=False,
+            brief=True,
             score_on_the_way=self.sweep.metric == ORACLE,
         )
         seconds = {"start": time.monotonic() - self.began}
-        outcome = Run(setup, parts, self._watch, seconds, setup.open_given(), manner).execute(self.interrupt)
+        outcome = Run(setup, parts, self._watch, seconds, setup.open_given(), manner, self.crew).execute(self.interrupt)
         return None if outcome.results is None else self._last(outcome.results)
 
     def _setup(self) -> Setup:
@@ -145,10 +148,10 @@ WORST = -1e9
 class Trial(ray.tune.Trainable):
     """The shell. One process may serve several trials, one after the other, and keeps what it has imported."""
 
-    run: TrialRun | None = None
-
     def setup(self, config: dict[str, Any]) -> None:
         """Begin; see :class:`ray.tune.Trainable`."""
+        self.run: TrialRun | None = None
+        self.crew = LastingCrew({"resources": HEAD})
         self.reset_config(config)
 
     def step(self) -> dict[str, Any]:
@@ -164,12 +167,16 @@ class Trial(ray.tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial."""
-        self.cleanup()
-        self.run = TrialRun(read_sweep_options(new_config["sweep"]), self.trial_id, new_config["point"])
+        self._end_run()
+        self.run = TrialRun(read_sweep_options(new_config["sweep"]), self.trial_id, new_config["point"], self.crew)
         return True
 
     def cleanup(self) -> None:
-        """End what runs."""
+        """End what runs, and everything that would serve another trial."""
+        self._end_run()
+        self.crew.end()
+
+    def _end_run(self) -> None:
         if self.run is not None:
             self.run.stop()
         self.run = None

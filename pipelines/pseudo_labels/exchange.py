@@ -15,9 +15,9 @@ import pyarrow as pa
 import torch
 
 from actors.errors import RunError, UnreadableImage
+from actors.labeller import Labeller
 from actors.protocols import LabelPlan
 from actors.records import decode
-from actors.teacher import Labeller
 from models.networks.deeplab import DeepLab
 from models.uncertainty import mean_probabilities, trunk_views
 from pipelines.label_rules import MonteCarloRule

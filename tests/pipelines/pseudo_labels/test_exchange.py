@@ -9,8 +9,8 @@ from PIL import Image
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from actors.labeller import Labeller, label_seed
 from actors.records import decode
-from actors.teacher import Labeller, label_seed
 from models.uncertainty import HeadMasks, draw_masks, mean_probabilities, negative_labels, trunk_views
 from pipelines.options import DataOptions, write_config
 from pipelines.pictures import shrunk

@@ -6,11 +6,12 @@ import ray
 import torch
 from fakes import SHAPE, FakeRule, TinyNetwork, label_plan
 
-from actors import teacher
+from actors import labeller as module
 from actors.errors import UnreadableImage
 from actors.evaluator import Evaluator
+from actors.labeller import YIELDING, Labeller, label_seed, load_weights
 from actors.records import decode
-from actors.teacher import YIELDING, Labeller, Teacher, label_seed, load_weights
+from actors.teacher import Teacher
 
 
 class Reader:
@@ -130,7 +131,8 @@ def test_only_those_who_share_cores_with_a_student_yield_to_it(monkeypatch, hire
     monkeypatch.setattr(os, "nice", niced.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(ray, "get_gpu_ids", lambda: granted)
-    monkeypatch.setattr(teacher, "Labeller", lambda *arguments: arguments)  # nothing moves to a GPU
+    module._yield_cores.cache_clear()
+    monkeypatch.setattr(module, "Labeller", lambda *arguments: arguments)  # nothing moves to a GPU
     hire()
     assert niced == nice
     assert YIELDING > 0

@@ -30,16 +30,19 @@ from rich.table import Table  # noqa: E402
 
 from actors.errors import RunError, UnreadableImage  # noqa: E402
 from pipelines.datasets.dataset import DataError  # noqa: E402
-from pipelines.options import AdaptOptions, DataOptions, read_config  # noqa: E402
+from pipelines.options import AdaptOptions, DataOptions, read_config, read_options  # noqa: E402
 from pipelines.pseudo_labels.layouts import FileLayout, FolderLayout  # noqa: E402
 
 if TYPE_CHECKING:
     from pipelines.pseudo_labels.exchange import Exchanged
 
 SHOWN_MISTAKES = 20
-COMMANDS = ("adapt", "evaluate", "predict", "report", "export", "labels", "data")
+COMMANDS = ("adapt", "tune", "evaluate", "predict", "report", "export", "labels", "data")
 HELP = {
     "--resume RUN": "continue a stopped run",
+    "--config FILE": "options from a file, such as a sweep's best.toml; others given beside it win",
+    "tune": "search a recipe's options with Ray Tune",
+    "tune --resume SWEEP": "continue a stopped sweep",
     "evaluate RUN": "score its newest checkpoint again, or a file of weights, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
     "report RUN": "write its report.html again, from the files in its directory",
@@ -59,6 +62,14 @@ class ResumeOptions:
 
     resume: str
     """Run directory."""
+
+
+@dataclass(frozen=True)
+class ResumeSweepOptions:
+    """Continue a sweep: finished trials stay as they are, open ones go on from their checkpoints."""
+
+    resume: str
+    """Folder of the sweep."""
 
 
 @dataclass(frozen=True)
@@ -274,13 +285,15 @@ def main(arguments: list[str]) -> int:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False, style="red")
         return 2
     except KeyboardInterrupt:
-        trains = arguments[:1] in ([], ["adapt"]) or arguments[0].startswith("-")
+        trains = arguments[:1] in ([], ["adapt"], ["tune"]) or arguments[0].startswith("-")
         console.print("aborted" + ("; the last checkpoint is what a resume continues from" if trains else ""))
         return 130
 
 
 def _dispatch(arguments: list[str], console: Console) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
+    if command == "tune":
+        return _tune(rest, console)
     if command == "evaluate":
         return _evaluate(tyro.cli(EvaluateOptions, prog="run.py evaluate", args=rest), console)
     if command == "predict":
@@ -298,9 +311,23 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     if any(item == "--resume" or item.startswith("--resume=") for item in rest):
         resume = tyro.cli(ResumeOptions, prog="run.py", args=rest)
         return _adapt(read_config(resume.resume), console, resume=True)
-    others = "\n".join(f"  run.py {usage:<17} {what}" for usage, what in HELP.items())
+    others = "\n".join(f"  run.py {usage:<19} {what}" for usage, what in HELP.items())
     description = f"{AdaptOptions.__doc__}\n\nOther commands:\n{others}"
-    return _adapt(tyro.cli(AdaptOptions, prog="run.py", description=description, args=rest), console)
+    config, rest = _config(rest)
+    base = AdaptOptions() if config is None else read_options(config)
+    return _adapt(tyro.cli(AdaptOptions, prog="run.py", description=description, args=rest, default=base), console)
+
+
+def _config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The file after ``--config``, if there is one, and the other arguments."""
+    for at, item in enumerate(arguments):
+        if item.startswith("--config="):
+            return item.removeprefix("--config="), [*arguments[:at], *arguments[at + 1 :]]
+        if item == "--config":
+            if at + 1 == len(arguments):
+                raise RunError("--config needs a file, such as the best.toml of a sweep")
+            return arguments[at + 1], [*arguments[:at], *arguments[at + 2 :]]
+    return None, arguments
 
 
 def _data(arguments: list[str], console: Console) -> int:
@@ -344,6 +371,40 @@ def _adapt(options: AdaptOptions, console: Console, *, resume: bool = False) -> 
     )
     if outcome.report is not None:
         console.print(f"Open this in a browser: {outcome.report}", highlight=False, markup=False)
+    return 0
+
+
+def _tune(arguments: list[str], console: Console) -> int:
+    from tune_spaces.options import SweepOptions, read_sweep_options
+
+    resume = any(item == "--resume" or item.startswith("--resume=") for item in arguments)
+    if resume:
+        options = read_sweep_options(tyro.cli(ResumeSweepOptions, prog="run.py tune", args=arguments).resume)
+    else:
+        config, rest = _config(arguments)
+        base = SweepOptions() if config is None else read_options(config, SweepOptions)
+        options = tyro.cli(SweepOptions, prog="run.py tune", args=rest, default=base)
+    from tune_spaces.sweep import sweep
+    from tune_spaces.terminal import SweepScreen, print_sweep
+
+    began = time.monotonic()
+    screen = SweepScreen(console, Screen(console))
+    try:
+        outcome = sweep(options, screen, resume=resume)
+    finally:
+        screen.close()
+    if outcome.record is not None:
+        print_sweep(outcome.record, console)
+    if outcome.page is not None:
+        console.print(f"Open this in a browser: {outcome.page}", highlight=False, markup=False)
+    if outcome.stopped:
+        console.print(f"stopped. Continue with:\n  python run.py tune --resume {outcome.folder}", highlight=False)
+        return 130
+    console.print(f"{time.monotonic() - began:.0f} s in all. Everything is in {outcome.folder}", highlight=False)
+    if outcome.best is None:
+        console.print("no trial has finished with a score", style="red")
+        return 1
+    console.print(f"The best one again:\n  python run.py --config {outcome.best}", highlight=False)
     return 0
 
 

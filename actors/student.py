@@ -100,6 +100,7 @@ class Tally:
         """The student's part of ``results.json``."""
         return {
             "images_per_s": self.samples / max(1e-9, self.seconds),
+            "seconds": self.seconds,
             "wait_share": self.label_wait / max(1e-9, self.labelled_seconds),
             "data_wait_share": self.data_wait / max(1e-9, self.seconds),
             "join_share": self.join / max(1e-9, self.seconds),

@@ -61,7 +61,9 @@ def assemble(
         "steps": setup.plan.total_steps,
         "target_labels": 0 if setup.domains.few is None else len(setup.domains.few),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "student": {key: student[key] for key in ("images_per_s", "wait_share", "data_wait_share", "precision")},
+        "student": {
+            key: student[key] for key in ("images_per_s", "seconds", "wait_share", "data_wait_share", "precision")
+        },
         "labels": {
             "read": student["labels_read"],
             "missing": student["labels_missing"],

@@ -114,8 +114,10 @@ class SweepOptions(AdaptOptions):
         """
         if self.search != "grid":
             return 20 if self.num_samples is None else self.num_samples
-        points = len(space.grid(self.trial_options()))
         most = LARGEST_GRID if self.num_samples is None else self.num_samples
+        points = space.combinations()
+        if points <= most:
+            points = len(space.grid(self.trial_options()))  # with those that are always tried
         if points > most:
             sizes = ", ".join(f"{p.name} {len(p.grid())}" for p in space.parameters)
             raise RunError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ class TrialRecord:
         curve: ``{"step", "score"}`` of every look.
         seconds: wall clock by phase, of the trial that finished.
         attempts: how often it was started.
+        began, ended: when it was started last, and when it last came to an end, in seconds of the clock; 0 before.
         error: of the last failure.
     """
 
@@ -48,6 +50,8 @@ class TrialRecord:
     curve: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     attempts: int = 0
+    began: float = 0.0
+    ended: float = 0.0
     error: str | None = None
 
 
@@ -69,7 +73,7 @@ class SweepRecord:
     def started(self, trial: str, point: Point) -> TrialRecord:
         """A trial starts, for the first time or again."""
         found = self.trials.setdefault(trial, TrialRecord(trial, len(self.trials) + 1, dict(point)))
-        found.status, found.attempts = "running", found.attempts + 1
+        found.status, found.attempts, found.began = "running", found.attempts + 1, round(time.time(), 3)
         return self._saved(found)
 
     def looked(self, trial: str, result: dict[str, Any]) -> TrialRecord:
@@ -88,6 +92,7 @@ class SweepRecord:
     def ended(self, trial: str) -> TrialRecord:
         """A trial ended without a failure: by itself, or early."""
         found = self.trials[trial]
+        found.ended = round(time.time(), 3)
         if found.status != "finished":
             found.status = "stopped"
         return self._saved(found)
@@ -95,7 +100,7 @@ class SweepRecord:
     def failed(self, trial: str, error: str, *, again: bool) -> TrialRecord:
         """A trial failed; ``again`` says whether it gets another chance."""
         found = self.trials[trial]
-        found.error = error
+        found.error, found.ended = error, round(time.time(), 3)
         found.status = "running" if again else "failed"
         return self._saved(found)
 

@@ -96,6 +96,12 @@ class Parameter:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
+    def contains(self, value: Value) -> bool:
+        """Whether a search may draw a value; first points may lie outside."""
+        if self.values:
+            return value in self.values
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
     def examples(self) -> list[Value]:
         """Values that stand for all when it is checked that the option takes them."""
         numbers = list(self.values) or [self._number(self.low), self._number(self.high)]
@@ -137,12 +143,14 @@ class Space:
 
     def grid(self, options: AdaptOptions) -> list[Point]:
         """Every combination, the last parameter changing fastest, after :meth:`first_points`."""
-        points = self.first_points(options)
-        for values in itertools.product(*(parameter.grid() for parameter in self.parameters)):
-            point = dict(zip(self.names, values, strict=True))
-            if point not in points:
-                points.append(point)
-        return points
+        first = self.first_points(options)
+        every = itertools.product(*(parameter.grid() for parameter in self.parameters))
+        points = (dict(zip(self.names, values, strict=True)) for values in every)
+        return [*first, *(point for point in points if point not in first)]
+
+    def combinations(self) -> int:
+        """How many there are of them, without building any."""
+        return math.prod(len(parameter.grid()) for parameter in self.parameters)
 
 
 def shipped(recipe_name: str) -> Path:

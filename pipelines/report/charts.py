@@ -80,7 +80,7 @@ def curves(
     with mpl.rc_context(STYLE):
         figure = Figure((WIDTH, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        for (name, curve), colour in zip(drawn.items(), _cycle(len(drawn)), strict=True):
+        for (name, curve), colour in zip(drawn.items(), cycle(len(drawn)), strict=True):
             steps, values = zip(*curve, strict=True)
             finite = [value if np.isfinite(value) else np.nan for value in values]
             axes.plot(steps, finite, color=colour, label=name, marker="o" if len(steps) < 20 else None, markersize=3)
@@ -93,7 +93,7 @@ def curves(
         axes.set_title(unit, loc="left", fontsize=9)
         axes.set_xlabel("step")
         figure.legend(loc="outside lower left", ncols=3)
-        return _svg(figure, ", ".join(drawn) + " over steps")
+        return svg(figure, ", ".join(drawn) + " over steps")
 
 
 def class_heat(
@@ -139,7 +139,7 @@ def class_heat(
         axes.set_xlabel("step")
         axes.set_title(unit, loc="left", fontsize=9)
         figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, decimals=0), pad=0.02, aspect=30)
-        return _svg(figure, unit)
+        return svg(figure, unit)
 
 
 def confusion_matrix(matrix: NDArray[np.int64], names: Sequence[str]) -> str | None:
@@ -169,7 +169,7 @@ def confusion_matrix(matrix: NDArray[np.int64], names: Sequence[str]) -> str | N
                 text = f"{100 * shares[row, column]:.0f}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=6, color=ink)
         axes.set_title("label (rows) taken for (columns), % of the row", loc="left", fontsize=9)
-        return _svg(figure, "confusion matrix")
+        return svg(figure, "confusion matrix")
 
 
 def _tick(name: str) -> str:
@@ -177,11 +177,12 @@ def _tick(name: str) -> str:
     return (name if len(name) <= LONGEST_TICK else name[: LONGEST_TICK - 1] + "…").replace("$", r"\$")
 
 
-def _cycle(count: int) -> list[str]:
+def cycle(count: int) -> list[str]:
+    """As many colours, those of the lines of a chart."""
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _svg(figure: Figure, what: str) -> str:
+def svg(figure: Figure, what: str) -> str:
     """The figure as an SVG element without fixed size, fonts or ink of its own."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -59,12 +59,9 @@ def write_report(folder: str | Path) -> Path:
     options, description = read_config(folder), read_description(folder)
     history, results = read_history(folder / "metrics.jsonl"), _results(folder)
     gallery = read_gallery(folder)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     rows = score_rows(results)
-    page = template.render(
+    page = render(
+        resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"),
         name=folder.name,
         data="miniature" if options.on_miniature else "your own" if options.source is not None else "real",
         benchmark=results.get("benchmark") or options.target or options.benchmark,
@@ -95,15 +92,32 @@ def write_report(folder: str | Path) -> Path:
         versions=results.get("versions", {}),
         seconds=results.get("seconds", {}),
     )
-    path = folder / FILE
+    write_whole(folder / FILE, page)
+    return folder / FILE
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of a template, with the look that all pages have."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style = Markup(resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8"))
+    return environment.from_string(template).render(style=style, **values)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by rename: complete or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
     partial = path.with_suffix(".partial")
     try:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.rename(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-    return path
 
 
 def score_rows(results: dict[str, Any]) -> list[ScoreRow]:

@@ -18,6 +18,7 @@ DESIGN = {
 EXTRAS = {"class_names", "steps", "labels", "skipped", "label_free", "target_labels", "run"}
 STUDENT = {
     "images_per_s": 10.0,
+    "seconds": 12.0,
     "wait_share": 0.001,
     "data_wait_share": 0.2,
     "precision": "float32",

@@ -200,6 +200,13 @@ def test_without_labels_only_signals_are_written(evaluator):
     assert [kind for kind, *_ in evaluator.lines] == ["signals"]
 
 
+def test_held_out_source_images_are_one_of_the_signals(evaluator):
+    evaluator.source_scorer = SimpleNamespace(score=lambda weights: {"miou": 2 * float(weights["w"])})
+    evaluator.hanging.publish(5, [numbered(20.0), numbered(0.0)])
+    evaluator.look_at_newest(score=False)
+    assert evaluator.lines == [("signals", 5, {"label_free_score": 0.2, "source_miou": 0.4})]
+
+
 def test_nothing_kept_is_nothing_scored(evaluator):
     assert evaluator.score_recommended() is None
 

@@ -30,6 +30,12 @@ def test_a_line_without_scalars_opens_no_event_file(tmp_path):
     assert not (tmp_path / "events").exists()
 
 
+def test_events_can_be_left_out(tmp_path):
+    RunLog(str(tmp_path), events=False).write("train", 1, {"loss": 0.5})
+    assert lines(tmp_path)[0]["loss"] == 0.5
+    assert not (tmp_path / "events").exists()
+
+
 def test_the_newest_value_of_everything_is_kept(tmp_path):
     log = RunLog(str(tmp_path))
     log.write("train", 1, {"loss": 1.0, "rate": 2.0})

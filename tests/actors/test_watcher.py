@@ -65,6 +65,21 @@ def test_agreement_is_with_the_student_and_stability_with_the_weights_before():
     assert watching.look(two)["stability"] == 1.0
 
 
+def test_consistency_is_the_agreement_with_the_mirrored_image():
+    made, teaching = weights(0)
+    reader = Reader()
+    found = watcher(reader).look(teaching)
+    same = []
+    with torch.no_grad():
+        for index in list(reader.asked):
+            image = network_input(torch.from_numpy(reader.read(index, (48, 32)))[None])
+            one, other = (made(view) for view in (image, image.flip(-1)))
+            classes = [(z.aux / 2 + z.main).argmax(1) for z in (one, other)]
+            same.append((classes[0] == classes[1].flip(-1)).double().mean())
+    assert found["consistency"] == pytest.approx(float(np.mean(same)))
+    assert found["consistency"] < 1.0
+
+
 def test_broken_images_are_left_out():
     _, teaching = weights(0)
     found = watcher(Reader(broken=(2, 6))).look(teaching)

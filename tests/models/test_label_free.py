@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.label_free import TargetSignals, label_free_score
+from models.label_free import SCORES, TargetSignals, label_free_score
 from models.networks.deeplab import Logits
 
 
@@ -55,3 +55,16 @@ def test_the_score_falls_with_entropy_and_disagreement():
     for name in ("entropy", "disagreement"):
         assert label_free_score({**base, name: 0.3}) < label_free_score(base)
     assert not math.isnan(label_free_score(base))
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_is_higher_for_the_network_that_looks_better(name):
+    good = {"diversity": 0.7, "entropy": 0.1, "disagreement": 0.05}
+    good |= {"agreement": 0.9, "consistency": 0.9, "stability": 0.9, "source_miou": 0.5}
+    bad = {"diversity": 0.5, "entropy": 0.3, "disagreement": 0.2}
+    bad |= {"agreement": 0.5, "consistency": 0.5, "stability": 0.5, "source_miou": 0.2}
+    said, score = SCORES[name]
+    assert score(good) > score(bad)
+    assert said
+    with pytest.raises(KeyError):
+        score({})

@@ -235,3 +235,15 @@ def test_a_list_that_is_not_there_and_a_target_without_labels_are_refused(tmp_pa
     _, domains = own_benchmark(*write_own_data(tmp_path / "other", target_labels=False))
     with pytest.raises(DataError, match="target has no labels, so none of those"):
         domains.with_target_labels(listed(tmp_path, "0.jpg"))
+
+
+def test_source_images_that_are_held_out_are_spread_and_learned_from_no_more(root):
+    domains = benchmark("synthia2city").open(root)
+    given = domains.with_held_out(3)
+    images = len(domains.source)
+    assert given.held_out.image_ids == tuple(domains.source.image_ids[k * images // 3] for k in range(3))
+    assert given.held_out.labelled
+    assert set(given.source.image_ids) == set(domains.source.image_ids) - set(given.held_out.image_ids)
+    assert len(given.source) == images - 3
+    with pytest.raises(DataError, match=f"of {images} source images cannot be held out: .* at most {images // 2}"):
+        domains.with_held_out(images // 2 + 1)

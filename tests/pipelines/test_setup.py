@@ -132,6 +132,27 @@ def test_a_run_may_begin_with_its_second_stage_where_it_has_the_weights_of_the_f
         AdaptOptions(from_stage=0)
 
 
+def test_a_run_may_end_with_an_earlier_stage(weights):
+    first = resolve(weights("backbone", to_stage=1))
+    assert [stage.name for stage in first.plan.stages] == ["alignment"]
+    assert first.labels == {}
+    with pytest.raises(RunError, match="--to-stage is 3, but recipe eplc has 2 stages"):
+        resolve(weights("backbone", to_stage=3))
+    with pytest.raises(RunError, match="--to-stage is 1, before --from-stage 2; no stage would run"):
+        weights("whole", from_stage=2, to_stage=1)
+
+
+def test_held_out_source_images_are_scored_in_one_view(tiny_folder):
+    plain = AdaptOptions(preset="tiny", data=str(tiny_folder))
+    assert resolve(plain).make_source_scorer() is None
+    held = resolve(replace(plain, held_out=4))
+    scorer = held.make_source_scorer()(torch.device("cpu"))
+    assert len(scorer.reader) == len(held.domains.held_out) == 4
+    assert scorer.views == (held.preset.stages[-1].source_size,)
+    with pytest.raises(RunError, match="--held-out is -1"):
+        replace(plain, held_out=-1)
+
+
 def test_weights_of_another_network_are_refused_before_anything_starts(weights):
     with pytest.raises(RunError, match=r"whole\.pth: the checkpoint belongs to another network"):
         resolve(weights("whole", preset="mini"))

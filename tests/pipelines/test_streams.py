@@ -272,6 +272,22 @@ def test_the_next_segment_opens_in_the_middle_of_this_one(tiny, reader):
         next(batches)
 
 
+def test_a_stream_that_is_closed_in_the_middle_leaves_no_thread_and_no_reader(tiny, reader, monkeypatch):
+    """In a process that goes on, its thread would wait for room in the queue for ever."""
+    gone = []
+    monkeypatch.setattr(ray, "kill", gone.append)
+    batches = sample_stream(tiny.target, block_rows=2, segment_blocks=64).batches(0, 40, 2, 0, 1)
+    in_time(lambda: next(batches))
+    threads = [segment.thread for segment in batches.open.values()]
+    in_time(batches.close)
+    assert gone == [reader]
+    assert threads
+    assert not any(thread.is_alive() for thread in threads)
+    with pytest.raises(StopIteration):
+        next(batches)
+    in_time(batches.close)
+
+
 def test_no_steps_need_no_reader(tiny, reader):
     assert list(sample_stream(tiny.target).batches(0, 0, 2, 0, 1)) == []
     assert reader.segments == []

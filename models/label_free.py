@@ -91,6 +91,12 @@ SCORES: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {
     "stability": ("share of cells whose pseudo label has not changed since the look before", lambda s: s["stability"]),
     "source_miou": ("mIoU on source images that are held out", lambda s: s["source_miou"]),
     "label_free": ("diversity less entropy and disagreement of the heads", label_free_score),
+    "combined": (
+        "mIoU on source images that are held out, and agreement with the mirrored target image",
+        lambda s: s["source_miou"] + s["consistency"],
+    ),
 }
 """Scores by which networks of different runs can be ranked without a target label, higher is better: in words, and made
-of the signals. One whose signal is missing raises KeyError."""
+of the signals. One whose signal is missing raises KeyError. How well each ranks: ``docs/sweeps.md``."""
+NEED_SOURCE = ("source_miou", "combined")
+"""Those for which source images must be held out."""

@@ -33,9 +33,10 @@ class SweepOptions(AdaptOptions):
     scheduler: Literal["none", "asha", "median"] = "none"
     """Which trials end early. asha: all but the best third at every rung. median: those below the median of the others'
     running means. none: nobody, so that every trial can be compared with every other."""
-    metric: str = "label_free"
-    """What ranks trials, higher is better: label_free, entropy, information, disagreement, agreement, consistency,
-    stability or source_miou need no target labels. miou does, and makes the sweep an oracle's."""
+    metric: str = "combined"
+    """What ranks trials, higher is better: combined, source_miou, information, label_free, entropy, disagreement,
+    agreement, consistency or stability need no target labels (docs/sweeps.md says what each is worth). miou does, and
+    makes the sweep an oracle's. The first two hold source images out: a tenth, at most 64, unless --held-out says."""
     space: str | None = None
     """TOML file of a search space of your own. Default: the recipe's, in tune_spaces."""
     only: tuple[str, ...] = ()

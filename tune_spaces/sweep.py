@@ -23,10 +23,11 @@ from ray.tune.tune_config import ResumeConfig
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from actors.link import last_line
+from models.label_free import NEED_SOURCE
 from pipelines import cluster
 from pipelines.adapt import Manner, adapt
 from pipelines.cluster import DATA_CPUS, HEAD, Shares
-from pipelines.options import AdaptOptions, write_options
+from pipelines.options import AdaptOptions, read_config, write_options
 from pipelines.results import versions
 from pipelines.setup import resolve
 from tune_spaces.options import CONFIG, ORACLE, SweepOptions
@@ -37,6 +38,7 @@ from tune_spaces.trial import Trial
 
 SPACE = "space.toml"
 BEST = "best.toml"
+MOST_HELD_OUT = 64
 BOARDS = 4
 """Actors of a trial that are pinned to the head node, at most."""
 RETRIES = 1
@@ -79,6 +81,8 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
         )
     first = options.first_stage() if options.shares_stage_one else options.trial_options()
     setup = resolve(first)  # what cannot work is refused before anything is written or started
+    if options.metric in NEED_SOURCE and not options.held_out:
+        options = _with_held_out(options, len(setup.domains.source), watch)
     if options.scores_target and setup.domains.validation is None:
         if options.metric == ORACLE or options.oracle == "always":
             setup.make_scorer()  # says what is missing
@@ -337,6 +341,24 @@ def write_best(options: SweepOptions, best: TrialRecord, trials: int) -> Path:
 
 def _kept_space(options: SweepOptions, folder: Path) -> Space:
     return read_space(folder / SPACE).only(options.only)
+
+
+def _with_held_out(options: SweepOptions, images: int, watch: Watch) -> SweepOptions:
+    """With source images held out: those that the run that trials start from held out, or a tenth."""
+    wanted = max(1, min(MOST_HELD_OUT, images // 10))
+    if options.init is not None and not options.shares_stage_one:
+        started = Path(options.init)
+        before = read_config(started).held_out if (started / "config.toml").is_file() else 0
+        if before:
+            return dataclasses.replace(options, held_out=before)
+        watch(
+            "message",
+            {
+                "text": f"{wanted} source images are held out of the trials, but {options.init} may have learned from "
+                "them: it flatters every trial alike. To avoid it, train that with --held-out, too."
+            },
+        )
+    return dataclasses.replace(options, held_out=wanted)
 
 
 def _with_places(options: SweepOptions) -> SweepOptions:

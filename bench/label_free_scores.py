@@ -9,17 +9,19 @@ of its search space, each with the engine's student in this process on labels of
 same every time. Five times in a trial the signals are measured; at its end target labels score it. One thread.
 
 Raw results in ``docs/results/label-free-scores.json``, tables and plot in ``docs/sweeps.md`` and ``docs/pictures``. The
-correlation is Spearman's; its spread is the interval of 5 to 95 % over 2,000 resamplings of the trials. *Share of the
-oracle's gain*: by how much the configuration that a score picks is better than the recipe's defaults, as a share of
-what picking by target mIoU gains.
+correlation is Spearman's; its spread is the interval of 5 to 95 % over 2,000 resamplings of the trials. *Of the gain*:
+by how much the configuration that a score picks beats the recipe's defaults, and the median trial, as shares of what
+picking by target mIoU gains over them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,10 @@ from torch import nn
 from actors.evaluator import Scorer
 from actors.watcher import Watcher
 from bench.alone import Shelf, Weights, run_alone
+from bench.marked import write_between
 from bench.recommendation import rank_correlation
 from bench.staleness import add
+from models.label_free import SCORES
 from pipelines.options import AdaptOptions
 from pipelines.results import versions
 from pipelines.setup import resolve
@@ -49,6 +53,9 @@ TRIALS = 18
 LOOKS = 5
 AGE = 16
 RESAMPLINGS = 2000
+DEFAULT = 1
+"""The second of the first points: the recipe's defaults."""
+SHOWN = ("combined", "information", "disagreement")
 
 
 class WatchedShelf(Shelf):
@@ -137,9 +144,71 @@ def correlations(scores: np.ndarray, miou: np.ndarray, seed: int = 0) -> tuple[f
     return rank_correlation(list(scores), list(miou)), float(low), float(high)
 
 
-def share_of_gain(scores: np.ndarray, miou: np.ndarray, default: int) -> float:
-    """Gain over the default's trial of the one that a score picks, as a share of the best one's."""
-    return float((miou[scores.argmax()] - miou[default]) / (miou.max() - miou[default]))
+def share_of_gain(scores: np.ndarray, miou: np.ndarray, instead: float) -> float:
+    """By how much the trial that a score picks beats something, as a share of by how much the best trial does."""
+    return float((miou[scores.argmax()] - instead) / (miou.max() - instead))
+
+
+def arrays(entries: list[dict[str, Any]], benchmark: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Every score at the last look, and target mIoU, of a benchmark's trials in their order."""
+    rows = sorted((e for e in entries if e["benchmark"] == benchmark), key=lambda e: e["trial"])
+    miou = np.array([row["score"]["miou"] for row in rows])
+    return {name: np.array([of(row["looks"][-1]) for row in rows]) for name, (_, of) in SCORES.items()}, miou
+
+
+def ranking(entries: list[dict[str, Any]], benchmarks: list[str]) -> str:
+    """A row a score: rank correlation with its spread, what it picks, and the share of the oracle's gain."""
+    data = {name: arrays(entries, name) for name in benchmarks}
+    mean = {name: statistics.mean(correlations(s[name], miou)[0] for s, miou in data.values()) for name in SCORES}
+    heads = "".join(f" {name}: rank correlation | picks | of the gain |" for name in benchmarks)
+    lines = [f"| score |{heads}", "|---|" + "---|---|---|" * len(benchmarks)]
+    for score in sorted(SCORES, key=lambda name: -mean[name]):
+        cells = []
+        for scores, miou in data.values():
+            rho, low, high = correlations(scores[score], miou)
+            shares = [share_of_gain(scores[score], miou, float(base)) for base in (miou[DEFAULT], np.median(miou))]
+            gain = " / ".join(f"{100 * share:.0f} %" for share in shares)
+            cells += [f"{rho:.2f} ({low:.2f} to {high:.2f})", f"{miou[scores[score].argmax()]:.1f}", gain]
+        lines.append(f"| `{score}` | {' | '.join(cells).replace('-', '−')} |")
+    best = [f"{miou.max():.1f} | 100 %" for _, miou in data.values()]
+    lines.append(f"| `miou` (oracle) | 1 | {' | 1 | '.join(best)} |")
+    facts = "; ".join(
+        f"{name}: defaults {miou[DEFAULT]:.1f}, median {np.median(miou):.1f}, {len(miou)} trials"
+        for name, (_, miou) in data.items()
+    )
+    return "\n".join([*lines, "", f"{facts}.", *chosen_elsewhere(data)])
+
+
+def chosen_elsewhere(data: Mapping[str, tuple[dict[str, np.ndarray], np.ndarray]]) -> list[str]:
+    """The score that ranks best on one benchmark, on the other one: what choosing among scores flatters."""
+    found = []
+    for here in data:
+        scores, miou = data[here]
+        best = max(SCORES, key=lambda name: correlations(scores[name], miou)[0])
+        for there in data:
+            if there != here:
+                rho, low, high = correlations(data[there][0][best], data[there][1])
+                found.append(f"Best on {here} is `{best}`; on {there} it has {rho:.2f} ({low:.2f} to {high:.2f}).")
+    return ["", " ".join(found)]
+
+
+def plot(entries: list[dict[str, Any]], benchmarks: list[str], path: Path) -> None:
+    """Target mIoU over three scores; a point a trial."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 2.4 * len(benchmarks)), layout="constrained")
+    axes = figure.subplots(len(benchmarks), len(SHOWN), squeeze=False, sharey="row")
+    for row, name in zip(axes, benchmarks, strict=True):
+        scores, miou = arrays(entries, name)
+        for cell, score in zip(row, SHOWN, strict=True):
+            cell.plot(scores[score], miou, "o", color="#0b6e99", markersize=4)
+            cell.plot(scores[score][DEFAULT], miou[DEFAULT], "o", color="#ea7317", markersize=5)
+            cell.set_xlabel(score)
+            cell.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{name}: mIoU, %")
+    with matplotlib.rc_context({"svg.hashsalt": "label-free-scores"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -154,6 +223,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/label-free-scores")
     parser.add_argument("--page", action="store_true", help="write the page from the results")
     given = parser.parse_args()
+    if given.page:
+        entries = json.loads(RESULTS.read_text())
+        benchmarks = list(dict.fromkeys(entry["benchmark"] for entry in entries))
+        plot(entries, benchmarks, PLOT)
+        write_between(PAGE, "label-free-scores", ranking(entries, benchmarks))
+        return
     torch.set_num_threads(1)
     run_trials(given)
 

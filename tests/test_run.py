@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -7,8 +8,10 @@ import tyro
 from rich.console import Console
 
 import run
-from pipelines.options import AdaptOptions, write_config
+from pipelines.options import AdaptOptions, write_config, write_options
+from pipelines.recipes.eplc import EplcOptions
 from tests.own_data import write_own_data
+from tune_spaces.options import SweepOptions
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -59,7 +62,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(arguments, known, tmp_pa
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert called(["fly"]) == 2
     assert (
-        "unknown command 'fly'; known are adapt, evaluate, predict, report, export, labels, data"
+        "unknown command 'fly'; known are adapt, tune, evaluate, predict, report, export, labels, data"
         in capsys.readouterr().err
     )
 
@@ -194,6 +197,50 @@ def test_adapt_may_be_said_or_left_out(monkeypatch):
     assert begun == [(AdaptOptions(seed=4), False)] * 2
 
 
+@pytest.mark.parametrize("flag", [["--config", "{}"], ["--config={}"]])
+def test_options_in_a_file_are_a_runs_and_those_beside_it_win(flag, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(run, "_adapt", lambda options, console, resume=False: begun.append(options) or 0)
+    kept = AdaptOptions(seed=4, steps=90, init="old", from_stage=2, eplc=EplcOptions(dropout=0.3))
+    write_options(tmp_path / "best.toml", kept, "the best one")
+    filled = [item.format(tmp_path / "best.toml") for item in flag]
+    assert called(filled) == called([*filled, "--from-stage", "1", "--init", "None", "--eplc.passes", "3"]) == 0
+    changed = dataclasses.replace(kept, from_stage=1, init=None, eplc=EplcOptions(dropout=0.3, passes=3))
+    assert begun == [kept, changed]
+
+
+def test_a_file_of_options_that_cannot_be_read_is_refused(tmp_path, capsys):
+    assert called(["--config"]) == 2
+    assert "--config needs a file" in capsys.readouterr().err
+    assert called(["--config", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml cannot be read" in capsys.readouterr().err
+    (tmp_path / "old.toml").write_text("sped = 4\n")
+    assert called(["--config", str(tmp_path / "old.toml")]) == 2
+    assert "sped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--space", "none.toml"], "the search space none.toml cannot be read"),
+        (["--only", "eplc.drop"], "has no parameter 'eplc.drop'; it has rate_scale"),
+        (["--search", "grid"], "this grid has"),
+        (["--metric", "accuracy"], "--metric is 'accuracy'"),
+        (["--refresh", "once"], "labels of one round grow old by design"),
+        (["--recipe", "magic"], "unknown recipe 'magic'"),
+        (["--source", "a.toml", "--target", "b.toml"], "a.toml does not exist"),
+        (["--scheduler", "pbt"], "pbt"),
+    ],
+)
+def test_a_sweep_that_cannot_work_is_refused(arguments, text, tmp_path, capsys):
+    assert text in refused(["tune", *arguments], tmp_path, capsys)
+
+
+def test_a_folder_that_is_no_sweep_is_not_resumed(tmp_path, capsys):
+    assert called(["tune", "--resume", str(tmp_path)]) == 2
+    assert "is no sweep" in capsys.readouterr().err
+
+
 def test_a_path_in_brackets_is_printed_as_it_is(tmp_path, capsys):
     """Brackets mean markup to the terminal library."""
     assert called(["evaluate", str(tmp_path / "[old]" / "[/x]")]) == 2
@@ -205,6 +252,7 @@ def test_help_names_every_command(capsys):
     shown = capsys.readouterr().out
     assert "--resume" in shown
     assert "evaluate" in shown
+    assert "tune --resume SWEEP" in shown
 
 
 def test_the_commands_of_the_readme_parse():
@@ -228,6 +276,12 @@ def test_the_commands_of_the_readme_parse():
             tyro.cli(options[" ".join(given[:words])], args=given[words:])
         elif "--help" in given:
             assert called(given) == 0
+        elif given[:1] == ["tune"]:
+            kind = run.ResumeSweepOptions if "--resume" in given else SweepOptions
+            tyro.cli(kind, args=given[1:])
+        elif "--config" in given:
+            at = given.index("--config")
+            tyro.cli(AdaptOptions, args=[*given[:at], *given[at + 2 :]])
         elif "--resume" in given:
             tyro.cli(run.ResumeOptions, args=given)
         else:

@@ -67,7 +67,7 @@ class SweepScreen:
     def __init__(self, console: Console, run: RunScreen) -> None:
         self.console, self.run = console, run
         self.live: Live | None = None
-        self.seen: dict[str, tuple[str, int]] = {}
+        self.seen: dict[str, tuple[str, int, str | None]] = {}
 
     def __call__(self, kind: str, what: dict[str, Any]) -> None:
         """Told by the sweep what happens."""
@@ -86,9 +86,10 @@ class SweepScreen:
                 self.live.start()
             self.live.update(sweep_table(record))
             return
-        if self.seen.get(trial.id) == (trial.status, trial.step):
+        now = trial.status, trial.step, trial.error
+        if self.seen.get(trial.id) == now:
             return
-        self.seen[trial.id] = trial.status, trial.step
+        self.seen[trial.id] = now
         score = "" if trial.score is None else f", {record.about['metric']} {trial.score:.4f}"
         error = f": {trial.error}" if trial.error else ""
         line = f"trial {trial.number} {trial.status}, step {trial.step}{score}{error}"

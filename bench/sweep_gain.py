@@ -108,8 +108,8 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"Gain on the held-out seeds {statistics.mean(gains):+.1f} ({each}). In the sweep itself `{found['metric']}` "
         f"ranked {len(trials)} trials as target mIoU does with {rho:.2f} ({low:.2f} to {high:.2f}); the best trial by "
-        f"target mIoU had {miou.max():.1f}, so the pick has {100 * share:.0f} % of what an oracle would have gained over "
-        f"the defaults. The pick, trial {best['number']}: {values}.",
+        f"target mIoU had {miou.max():.1f}, so the pick has {100 * share:.0f} % of what an oracle would have gained "
+        f"over the defaults. The pick, trial {best['number']}: {values}.",
     ]
     return "\n".join(lines).replace("| -", "| −").replace("(-", "(−").replace(", -", ", −")
 

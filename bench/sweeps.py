@@ -1,6 +1,7 @@
 """Does a sweep end with nothing left behind, and what does a trial cost beyond its training?
 
-    python -m bench.sweeps --json docs/results/sweeps.json
+    python -m bench.sweeps
+    python -m bench.sweeps --page
 
 Runs sweeps of twelve trials on the tiny miniature in one Ray cluster, three in a row and one more in which a trial's
 process is killed in the middle; after each it asks Ray's State API for actors, placement groups and objects that are
@@ -29,6 +30,7 @@ environment.prepare()
 import ray  # noqa: E402
 from ray.util.state import list_actors, list_objects, list_placement_groups  # noqa: E402
 
+from bench.marked import write_between  # noqa: E402
 from pipelines import cluster  # noqa: E402
 from pipelines.adapt import Manner, adapt  # noqa: E402
 from pipelines.options import AdaptOptions  # noqa: E402
@@ -38,6 +40,8 @@ from tune_spaces.record import SweepRecord, TrialRecord, read_sweep  # noqa: E40
 from tune_spaces.sweep import SweepOutcome, sweep  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs/results/sweeps.json"
+PAGE = ROOT / "docs/sweeps.md"
 TRIALS = 12
 PARTS = {
     "between": "between two trials: Ray Tune, the process that is used again",
@@ -166,12 +170,14 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--sweeps", type=int, default=3, help="in a row, before the one with a killed trial")
     parser.add_argument("--data", default=str(ROOT / "data"))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", action="store_true", help="write the table from the results")
     given = parser.parse_args()
+    if given.page:
+        write_between(PAGE, "sweeps", table(json.loads(RESULTS.read_text())))
+        return 0
     found = measure(given.trials, given.sweeps, given.data)
     print(table(found))
-    if given.json is not None:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     clean = all(not any(row["left"].values()) and row["finished"] == given.trials for row in found["sweeps"])
     print("nothing is left" if clean else "SOMETHING IS LEFT, or a trial did not finish")
     return 0 if clean else 1

@@ -46,6 +46,8 @@ class SweepOptions(AdaptOptions):
     warm_start: Literal["auto", "never"] = "auto"
     """auto: the first stage of a recipe with several is trained once, and all trials start from its weights. never:
     each trains all stages."""
+    keep: Literal["best", "all"] = "best"
+    """Whose checkpoints stay on the disk: the best trial's so far, or all. Everything else of a trial stays."""
     looks: int = 5
     """How often in a trial its score is measured; a scheduler decides at these."""
     oracle: Literal["auto", "always", "never"] = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class SweepRecord:
         found = self.trials[trial]
         found.step, found.score, found.signals = result["step"], result["score"], result["signals"]
         found.miou = result.get("miou", found.miou)
+        found.began = round(result.get("began", found.began), 3)
         found.seconds = result.get("seconds", found.seconds)
         found.curve = [point for point in found.curve if point["step"] < found.step]
         if found.score is not None:
@@ -110,6 +112,14 @@ class SweepRecord:
             if found.status == "running":
                 found.status = "open"
         self.save()
+
+    def forget_weights(self) -> None:
+        """Remove the checkpoints of trials that have ended and are not the best; open and failed ones need theirs."""
+        best = self.best()
+        for trial in self.trials.values():
+            if trial.status in ("finished", "stopped") and trial is not best:
+                for name in ("checkpoints", "recommended"):
+                    shutil.rmtree(self.folder / "trials" / trial.id / name, ignore_errors=True)
 
     def best(self) -> TrialRecord | None:
         """The finished trial with the highest score; None before the first."""

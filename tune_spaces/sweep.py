@@ -217,10 +217,16 @@ def scheduler(options: SweepOptions, steps: int) -> TrialScheduler:
 
 
 class Listener(ray.tune.Callback):
-    """Keeps the record of a sweep, and tells who watches."""
+    """Keeps the record of a sweep and the checkpoints of its best trial, and tells who watches.
 
-    def __init__(self, record: SweepRecord, watch: Watch) -> None:
-        self.record, self.watch = record, watch
+    Args:
+        record: of the sweep.
+        watch: told of every change.
+        keep_all: whether the checkpoints of the other trials stay, too.
+    """
+
+    def __init__(self, record: SweepRecord, watch: Watch, *, keep_all: bool) -> None:
+        self.record, self.watch, self.keep_all = record, watch, keep_all
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """See :class:`ray.tune.Callback`; so the others."""
@@ -235,6 +241,8 @@ class Listener(ray.tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The end, by itself or early."""
         self._tell(self.record.ended(trial.trial_id))
+        if not self.keep_all:
+            self.record.forget_weights()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A failure that is tried again."""
@@ -287,7 +295,7 @@ def _tune(
         search_alg=algorithm,
         scheduler=scheduler(options, steps),
         resources_per_trial=ray.tune.PlacementGroupFactory(room.bundles),
-        callbacks=[Listener(record, watch)],
+        callbacks=[Listener(record, watch, keep_all=options.keep == "all")],
         max_failures=RETRIES,
         raise_on_failed_trial=False,
         reuse_actors=True,

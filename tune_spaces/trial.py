@@ -42,7 +42,7 @@ class TrialRun:
     def __init__(self, sweep: SweepOptions, trial: str, point: Point, crew: Crew) -> None:
         self.sweep, self.crew = sweep, crew
         self.options = dataclasses.replace(with_point(sweep.trial_options(), point), name=trial)
-        self.began = time.monotonic()
+        self.began, self.clock = time.monotonic(), time.time()
         self.looks: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self.interrupt = Interrupt()
         self._looked = -1
@@ -53,8 +53,8 @@ class TrialRun:
         """Wait for the next look.
 
         Returns:
-            ``{"step", "score", "signals", "finished"}``, and of the last one ``miou`` where target labels score it, and
-            ``seconds`` by phase.
+            ``{"step", "score", "signals", "finished"}``, and of the last one ``miou`` where target labels score it,
+            ``began`` (seconds of the clock) and ``seconds`` by phase.
 
         Raises:
             RunError: the run cannot go on; so with whatever else ended it.
@@ -122,7 +122,13 @@ class TrialRun:
         miou = None if adapted is None else adapted["miou"]
         look = self._look(results["steps"], results["label_free"], miou)
         seconds = {**results["seconds"], "whole": round(time.monotonic() - self.began, 2)}
-        return {**look, "finished": True, "seconds": seconds, **({} if miou is None else {"miou": miou})}
+        return {
+            **look,
+            "finished": True,
+            "began": self.clock,
+            "seconds": seconds,
+            **({} if miou is None else {"miou": miou}),
+        }
 
     def _look(self, step: int, line: dict[str, Any], miou: float | None) -> dict[str, Any]:
         signals = {name: value for name, value in line.items() if name not in SIGNALS_ALONE}

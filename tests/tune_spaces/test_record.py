@@ -78,6 +78,27 @@ def test_a_sweep_that_goes_on_knows_its_trials(record, tmp_path):
     assert again.started("c", {"x": 3}).number == 3
 
 
+def test_only_the_weights_of_the_best_and_of_those_that_go_on_are_kept(record, tmp_path):
+    def weights(name):
+        return [tmp_path / "trials" / name / kind for kind in ("checkpoints", "recommended")]
+
+    for name, score in (("a", 0.1), ("b", 0.5), ("c", 0.3), ("d", None), ("e", None), ("f", 0.2)):
+        record.started(name, {})
+        for folder in weights(name):
+            folder.mkdir(parents=True)
+        if score is not None:
+            record.looked(name, look(10, score, finished=name != "f"))
+    record.ended("f")
+    record.failed("e", "full", again=False)
+    record.forget_weights()
+    left = {name for name in "abcdef" if all(folder.is_dir() for folder in weights(name))}
+    assert left == {"b", "d", "e"}
+    assert not any(folder.exists() for name in "acf" for folder in weights(name))
+    record.looked("d", look(10, 0.9, finished=True))
+    record.forget_weights()
+    assert {name for name in "abcdef" if any(folder.exists() for folder in weights(name))} == {"d", "e"}
+
+
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(RunError, match="is no sweep"):
         read_sweep(tmp_path)

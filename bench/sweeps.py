@@ -54,16 +54,16 @@ PARTS = {
 }
 
 
-def left_over(seconds: float = 20.0) -> dict[str, int]:
-    """What Ray still knows after a moment to clear away."""
+def left_over(dashboard: str | None, seconds: float = 20.0) -> dict[str, int]:
+    """What Ray still knows after a moment to clear away; its dashboard answers."""
     gc.collect()  # futures in Ray Tune's cycles
     found: dict[str, int] = {}
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = {
-            "actors": len(list_actors(filters=[("state", "!=", "DEAD")])),
-            "placement groups": sum(group.state != "REMOVED" for group in list_placement_groups()),
-            "objects": len(list_objects()),
+            "actors": len(list_actors(address=dashboard, filters=[("state", "!=", "DEAD")])),
+            "placement groups": sum(group.state != "REMOVED" for group in list_placement_groups(address=dashboard)),
+            "objects": len(list_objects(address=dashboard)),
         }
         if not any(found.values()):
             break
@@ -91,8 +91,8 @@ def parts_of(folder: Path, trial: TrialRecord, before: TrialRecord | None) -> di
     return found if before is None else {"between": trial.began - before.ended, **found}
 
 
-def one_sweep(name: str, given: dict[str, Any], *, kill: bool = False) -> tuple[SweepOutcome, float, dict[str, int]]:
-    """A sweep, how long it took, and what is left; with ``kill`` the fourth trial's process dies in its middle."""
+def one_sweep(name: str, given: dict[str, Any], *, kill: bool = False) -> tuple[SweepOutcome, float]:
+    """A sweep, and how long it took; with ``kill`` the fourth trial's process dies in its middle."""
     killed: list[int] = []
     runs = Path(given["runs"])
 
@@ -108,21 +108,21 @@ def one_sweep(name: str, given: dict[str, Any], *, kill: bool = False) -> tuple[
 
     began = time.monotonic()
     outcome = sweep(SweepOptions(name=name, **given), watch)
-    return outcome, time.monotonic() - began, left_over()
+    return outcome, time.monotonic() - began
 
 
 def measure(trials: int, sweeps: int, data: str) -> dict[str, Any]:
     """Every sweep, and the medians of where a trial's seconds go."""
     with tempfile.TemporaryDirectory(prefix="sweeps") as folder:
         common: dict[str, Any] = {"preset": "tiny", "data": data, "runs": folder}
-        cluster.start(AdaptOptions(**common))
+        dashboard = cluster.start(AdaptOptions(**common))
         first = AdaptOptions(**common, to_stage=1, references="never", name="one")
         start = adapt(first, lambda *_: None, manner=Manner(student_here=True, brief=True)).folder
         given = {**common, "init": str(start), "from_stage": 2, "num_samples": trials, "search": "random"}
         rows, parts = [], []
         for number in range(sweeps + 1):
             kill = number == sweeps
-            outcome, seconds, left = one_sweep(f"sweep{number}", given, kill=kill)
+            outcome, seconds = one_sweep(f"sweep{number}", given, kill=kill)
             found = read_sweep(outcome.folder)["trials"]
             rows.append(
                 {
@@ -130,7 +130,7 @@ def measure(trials: int, sweeps: int, data: str) -> dict[str, Any]:
                     "seconds": round(seconds, 1),
                     "finished": sum(t["status"] == "finished" for t in found),
                     "attempts": sum(t["attempts"] for t in found),
-                    "left": left,
+                    "left": left_over(dashboard),
                 }
             )
             print(json.dumps(rows[-1]), flush=True)

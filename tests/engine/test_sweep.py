@@ -28,7 +28,7 @@ def watched_ray():
     import ray
 
     folder = tempfile.mkdtemp(prefix="t")
-    ray.init(
+    context = ray.init(
         address="local",
         num_cpus=4,
         include_dashboard=True,
@@ -36,7 +36,7 @@ def watched_ray():
         _temp_dir=folder,
         log_to_driver=False,
     )
-    yield ray
+    yield f"http://{context.dashboard_url}"
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -50,15 +50,15 @@ def stage_one(watched_ray, tmp_path_factory, tiny_folder):
     return adapt(options, lambda *_: None, manner=Manner(student_here=True, brief=True)).folder
 
 
-def left_over():
+def left_over(dashboard):
     """Actors, placement groups and objects that Ray still knows, after a moment to clear away."""
     from ray.util.state import list_actors, list_objects, list_placement_groups
 
     gc.collect()  # futures in Ray Tune's cycles
     for _ in range(20):
-        actors = [a.class_name for a in list_actors(filters=[("state", "!=", "DEAD")])]
-        groups = [g.placement_group_id for g in list_placement_groups() if g.state != "REMOVED"]
-        objects = [o.object_id for o in list_objects()]
+        actors = [a.class_name for a in list_actors(address=dashboard, filters=[("state", "!=", "DEAD")])]
+        groups = [g.placement_group_id for g in list_placement_groups(address=dashboard) if g.state != "REMOVED"]
+        objects = [o.object_id for o in list_objects(address=dashboard)]
         if not actors and not groups and not objects:
             return []
         time.sleep(0.5)
@@ -109,7 +109,7 @@ def test_a_killed_trial_is_tried_again_a_failing_one_is_reported_and_nothing_is_
     assert (again.rate_scale, again.eplc.source_weight) == tuple(chosen["point"].values())
     assert (again.init, again.from_stage, again.name) == (str(stage_one), 2, None)
     assert "mixing=" in outcome.page.read_text()
-    assert left_over() == []
+    assert left_over(watched_ray) == []
 
 
 def test_an_interrupted_sweep_ends_as_one_that_was_not(watched_ray, stage_one, tmp_path, tiny_folder):
@@ -126,7 +126,7 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(watched_ray, stage_one, t
 
     cut = sweep(options_of(tmp_path, stage_one, tiny_folder, "cut", **common), interrupt)
     assert cut.stopped
-    assert left_over() == []
+    assert left_over(watched_ray) == []
     before = read_sweep(cut.folder)["trials"]
     assert [t["status"] for t in before] == ["finished", "open"]
     untouched = (cut.folder / "trials" / before[0]["id"] / "results.json").stat().st_mtime_ns
@@ -148,7 +148,7 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(watched_ray, stage_one, t
         assert signals[0] == signals[1]
         folders = [whole.folder / "trials" / one["id"], cut.folder / "trials" / other["id"]]
         assert losses(folders[0])[20] == losses(folders[1])[20]
-    assert left_over() == []
+    assert left_over(watched_ray) == []
 
 
 def test_what_cannot_work_is_refused_before_a_folder_is_made(watched_ray, stage_one, tmp_path, tiny_folder):

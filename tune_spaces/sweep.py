@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from tune_spaces.options import CONFIG, ORACLE, SweepOptions
 from tune_spaces.page import write_page
 from tune_spaces.record import SweepRecord, TrialRecord
 from tune_spaces.space import Space, read_space, shipped, with_point
-from tune_spaces.trial import Trial
+from tune_spaces.trial import STOPPING, Trial
 
 SPACE = "space.toml"
 BEST = "best.toml"
@@ -102,9 +104,11 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     if options.shares_stage_one and not _stage_one(options, watch):
         outcome.stopped = True
         return outcome
+    (folder / STOPPING).unlink(missing_ok=True)  # of a sweep that was killed while it stopped
     outcome.record = record = SweepRecord(folder, _about(options, setup.data, setup.benchmark.name))
     watch("phase", {"name": "trials", "text": f"{count} trials"})
     _tune(options, space, count, room, record, watch, resume=resume)
+    (folder / STOPPING).unlink(missing_ok=True)
     record.interrupted()
     open_ones = [t for t in record.trials.values() if t.status == "open"]
     outcome.stopped = bool(open_ones) or len(record.trials) < count
@@ -228,8 +232,22 @@ class Listener(ray.tune.Callback):
     def __init__(self, record: SweepRecord, watch: Watch, *, keep_all: bool) -> None:
         self.record, self.watch, self.keep_all = record, watch, keep_all
 
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        """See :class:`ray.tune.Callback`; so the others. Ray Tune has just installed its handler of Ctrl-C."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        tunes = signal.getsignal(signal.SIGINT)
+
+        def interrupted(number: int, frame: Any) -> None:
+            (self.record.folder / STOPPING).touch()
+            self.watch("message", {"text": "stopping: trials save a checkpoint (Ctrl-C again to abort)"})
+            if callable(tunes):
+                tunes(number, frame)
+
+        signal.signal(signal.SIGINT, interrupted)
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """See :class:`ray.tune.Callback`; so the others."""
+        """A trial starts."""
         self._tell(self.record.started(trial.trial_id, trial.config["point"]))
 
     def on_trial_result(
@@ -286,23 +304,28 @@ def _tune(
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     can_resume = resume and any((record.folder / "tune").glob("experiment_state-*.json"))
-    ray.tune.run(
-        Trial,
-        name="tune",
-        storage_path=str(record.folder),
-        config={"sweep": str(record.folder), "point": point},
-        num_samples=1 if options.search == "grid" else count,
-        search_alg=algorithm,
-        scheduler=scheduler(options, steps),
-        resources_per_trial=ray.tune.PlacementGroupFactory(room.bundles),
-        callbacks=[Listener(record, watch, keep_all=options.keep == "all")],
-        max_failures=RETRIES,
-        raise_on_failed_trial=False,
-        reuse_actors=True,
-        verbose=0,
-        resume=True if can_resume else None,
-        resume_config=ResumeConfig(errored=ResumeConfig.ResumeType.RESUME) if can_resume else None,
-    )
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        ray.tune.run(
+            Trial,
+            name="tune",
+            storage_path=str(record.folder),
+            config={"sweep": str(record.folder), "point": point},
+            num_samples=1 if options.search == "grid" else count,
+            search_alg=algorithm,
+            scheduler=scheduler(options, steps),
+            resources_per_trial=ray.tune.PlacementGroupFactory(room.bundles),
+            callbacks=[Listener(record, watch, keep_all=options.keep == "all")],
+            max_failures=RETRIES,
+            raise_on_failed_trial=False,
+            reuse_actors=True,
+            verbose=0,
+            resume=True if can_resume else None,
+            resume_config=ResumeConfig(errored=ResumeConfig.ResumeType.RESUME) if can_resume else None,
+        )
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _stage_one(options: SweepOptions, watch: Watch) -> bool:

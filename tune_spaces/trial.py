@@ -24,6 +24,9 @@ from pipelines.trained import describe
 from tune_spaces.options import ORACLE, SweepOptions, read_sweep_options
 from tune_spaces.space import Point, with_point
 
+STOPPING = "stopping"
+"""File in the folder of a sweep that is being interrupted: Ray Tune cannot reach a process that waits for a look."""
+POLL_SECONDS = 0.5
 SECONDS_TO_STOP = 30.0
 SIGNALS_ALONE = ("class_shares", "recommended", "recommended_score", "kind", "step", "time")
 """What stands beside the signals in a line of metrics."""
@@ -49,20 +52,27 @@ class TrialRun:
         self.thread = threading.Thread(target=self._work, name=f"trial {trial}", daemon=True)
         self.thread.start()
 
-    def next(self) -> dict[str, Any]:
-        """Wait for the next look.
+    def next(self) -> dict[str, Any] | None:
+        """Wait for the next look, or until the sweep is being interrupted: the run has then saved a checkpoint.
 
         Returns:
-            ``{"step", "score", "signals", "finished"}``, and of the last one ``miou`` where target labels score it,
-            ``began`` (seconds of the clock) and ``seconds`` by phase.
+            None when it was interrupted; else ``{"step", "score", "signals", "finished"}``, and of the last one ``miou``
+            where target labels score it, ``began`` (seconds of the clock) and ``seconds`` by phase.
 
         Raises:
             RunError: the run cannot go on; so with whatever else ended it.
         """
-        item = self.looks.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        while True:
+            try:
+                item = self.looks.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if (self.sweep.folder() / STOPPING).exists():
+                    self.stop()
+                    return None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            return item
 
     def stop(self) -> None:
         """End the run, wherever it stands: it saves a checkpoint. Returns when its processes are gone."""
@@ -164,6 +174,8 @@ class Trial(ray.tune.Trainable):
         """Wait for the next look."""
         assert self.run is not None
         look = self.run.next()
+        if look is None:
+            return {"done": True}  # nobody listens any more
         return {
             "look": look,
             "score": WORST if look["score"] is None else look["score"],

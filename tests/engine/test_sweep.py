@@ -111,6 +111,12 @@ def test_a_killed_trial_is_tried_again_a_failing_one_is_reported_and_nothing_is_
     assert "mixing=" in outcome.page.read_text()
     assert left_over(watched_ray) == []
 
+    again = sweep(read_sweep_options(outcome.folder), lambda *_: None, resume=True)
+    after = {tuple(t["point"].values()): t for t in read_sweep(again.folder)["trials"]}
+    assert [t["status"] for t in after.values()] == ["finished", "failed", "finished", "failed"]
+    assert [t["attempts"] > found[point]["attempts"] for point, t in after.items()] == [False, True, False, True]
+    assert left_over(watched_ray) == []
+
 
 def test_an_interrupted_sweep_ends_as_one_that_was_not(watched_ray, stage_one, tmp_path, tiny_folder):
     file = space(tmp_path / "s.toml", "[eplc.dropout]\nvalues = [0.2, 0.0]\n")
@@ -124,11 +130,15 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(watched_ray, stage_one, t
                 time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGINT)
 
+    handler = signal.getsignal(signal.SIGINT)
     cut = sweep(options_of(tmp_path, stage_one, tiny_folder, "cut", **common), interrupt)
     assert cut.stopped
+    assert signal.getsignal(signal.SIGINT) is handler
     assert left_over(watched_ray) == []
     before = read_sweep(cut.folder)["trials"]
     assert [t["status"] for t in before] == ["finished", "open"]
+    saved = sorted((cut.folder / "trials" / before[1]["id"] / "checkpoints").glob("step_*"))
+    assert saved, "what ran has saved itself"
     untouched = (cut.folder / "trials" / before[0]["id"] / "results.json").stat().st_mtime_ns
 
     resumed = sweep(read_sweep_options(cut.folder), lambda *_: None, resume=True)

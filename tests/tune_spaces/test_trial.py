@@ -1,6 +1,9 @@
+import time
+
 import pytest
 
 from models.label_free import SCORES
+from tune_spaces import trial as module
 from tune_spaces.options import SweepOptions
 from tune_spaces.trial import TrialRun, score_of
 
@@ -86,6 +89,22 @@ def test_the_last_look_says_that_it_is_the_last_and_what_it_took():
     assert (last["finished"], last["step"], last["miou"], last["signals"]) == (True, 20, 31.0, SIGNALS)
     assert set(last["seconds"]) == {"adapt", "whole"}
     assert "miou" not in run._last(results(None))
+
+
+def test_a_trial_that_waits_for_a_look_hears_that_its_sweep_is_being_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+
+    class Patient(TrialRun):
+        def _run(self):
+            while not self.interrupt.asked:
+                time.sleep(0.01)
+
+    options = SweepOptions(name="s", runs=str(tmp_path), init="/one", from_stage=2)
+    run = Patient(options, "t", {}, crew=None)
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / module.STOPPING).touch()
+    assert run.next() is None
+    assert not run.thread.is_alive()
 
 
 def test_what_ends_a_run_reaches_whoever_waits_for_its_next_look():

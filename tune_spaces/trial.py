@@ -27,6 +27,8 @@ from tune_spaces.space import Point, with_point
 STOPPING = "stopping"
 """File in the folder of a sweep that is being interrupted: Ray Tune cannot reach a process that waits for a look."""
 POLL_SECONDS = 0.5
+SETTLE_SECONDS = 1.0
+"""By then Ray Tune has left its loop: a result that it still took would count as the end of the trial."""
 SECONDS_TO_STOP = 30.0
 SIGNALS_ALONE = ("class_shares", "recommended", "recommended_score", "kind", "step", "time")
 """What stands beside the signals in a line of metrics."""
@@ -56,8 +58,8 @@ class TrialRun:
         """Wait for the next look, or until the sweep is being interrupted: the run has then saved a checkpoint.
 
         Returns:
-            None when it was interrupted; else ``{"step", "score", "signals", "finished"}``, and of the last one ``miou``
-            where target labels score it, ``began`` (seconds of the clock) and ``seconds`` by phase.
+            None when it was interrupted; else ``{"step", "score", "signals", "finished"}``, and of the last one
+            ``miou`` where target labels score it, ``began`` (seconds of the clock) and ``seconds`` by phase.
 
         Raises:
             RunError: the run cannot go on; so with whatever else ended it.
@@ -68,6 +70,7 @@ class TrialRun:
             except queue.Empty:
                 if (self.sweep.folder() / STOPPING).exists():
                     self.stop()
+                    time.sleep(SETTLE_SECONDS)
                     return None
                 continue
             if isinstance(item, BaseException):

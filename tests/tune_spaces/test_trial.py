@@ -93,6 +93,7 @@ def test_the_last_look_says_that_it_is_the_last_and_what_it_took():
 
 def test_a_trial_that_waits_for_a_look_hears_that_its_sweep_is_being_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(module, "SETTLE_SECONDS", 0.0)
 
     class Patient(TrialRun):
         def _run(self):

@@ -6,6 +6,7 @@ that imports torch costs seconds of a core, which a short run would spend again 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,8 +79,10 @@ class LastingCrew(Crew):
         if self._asked.setdefault(role, options) != options:
             raise ValueError(f"a kept {role} asked Ray for {self._asked[role]}, and this run asks for {options}")
         kept = self.kept[role]
-        for actor in kept:
-            actor.begin.remote()
+        for begun in [actor.begin.remote() for actor in kept]:
+            # One that died meanwhile starts again by itself, with what lies on the desk.
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                ray.get(begun)
         remote = ray.remote(kind).options(max_restarts=-1, **options)
         kept += [remote.remote(self.desk) for _ in range(count - len(kept))]
         return kept[:count]

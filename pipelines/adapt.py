@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,13 @@ class Manner:
         student_here: the one student runs in this process, without Ray Train: nobody starts it again when it dies.
         brief: nothing is made that only people look at: no pictures, no report, no
             TensorBoard events, no score of the recommended step.
+        scored: whether anything is scored with target labels.
         score_on_the_way: whether the evaluator also scores what it looks at before the last step.
     """
 
     student_here: bool = False
     brief: bool = False
+    scored: bool = True
     score_on_the_way: bool = True
 
 
@@ -168,6 +170,8 @@ class Run:
         crew: Crew | None = None,
     ) -> None:
         self.manner, self.crew = manner, Crew() if crew is None else crew
+        if not manner.scored:
+            setup = replace(setup, domains=replace(setup.domains, validation=None))
         self.setup, self.shares, self.watch, self.seconds, self.given = setup, shares, watch, seconds, given
         self.seen_messages = 0
         self.teacher_status: dict[str, Any] = {}

@@ -226,7 +226,7 @@ def test_a_file_of_options_that_cannot_be_read_is_refused(tmp_path, capsys):
         (["--only", "eplc.drop"], "has no parameter 'eplc.drop'; it has rate_scale"),
         (["--search", "grid"], "this grid has"),
         (["--metric", "accuracy"], "--metric is 'accuracy'"),
-        (["--refresh", "once"], "labels of one round grow old by design"),
+        (["--refresh", "once", "--only", "eplc.max-label-age"], "labels of one round grow old by design"),
         (["--recipe", "magic"], "unknown recipe 'magic'"),
         (["--source", "a.toml", "--target", "b.toml"], "a.toml does not exist"),
         (["--scheduler", "pbt"], "pbt"),

@@ -11,7 +11,7 @@ from actors.errors import RunError
 from models.label_free import SCORES
 from pipelines.options import AdaptOptions, read_options
 from pipelines.recipes import recipe
-from tune_spaces.space import Space, check_space, read_space, shipped
+from tune_spaces.space import Space, check_space, fitting, read_space, shipped
 
 ORACLE = "miou"
 """The one metric that needs target labels."""
@@ -56,6 +56,9 @@ class SweepOptions(AdaptOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "only", tuple(self.only))  # TOML has lists
+        if self.references == "always":
+            raise RunError("--references always: the trials of a sweep train no reference runs; leave it out")
         if self.metric not in METRICS:
             raise RunError(f"--metric is {self.metric!r}; choose one of {', '.join(METRICS)}")
         for name in ("num_samples", "max_concurrent", "looks"):
@@ -98,16 +101,23 @@ class SweepOptions(AdaptOptions):
             return shared
         return dataclasses.replace(shared, init=str(self.folder() / "stage-one"), from_stage=2)
 
-    def read_space(self) -> Space:
-        """The space to search, checked against the recipe.
+    def read_space(self, path: str | Path | None = None) -> tuple[Space, list[str]]:
+        """The space to search, checked against the recipe, and what of the recipe's own space is left out, and why.
+
+        Args:
+            path: where a copy of it lies; None for the original.
 
         Raises:
             RunError: it cannot be read, or does not fit the recipe.
         """
-        whole = read_space(shipped(self.recipe) if self.space is None else self.space)
-        space = whole.only(self.only)
+        if path is None:
+            path = shipped(self.recipe) if self.space is None else self.space
+        space = read_space(path).only(self.only)
+        left_out: list[str] = []
+        if self.space is None and not self.only:
+            space, left_out = fitting(space, self.trial_options())
         check_space(space, self.trial_options())
-        return space
+        return space, left_out
 
     def trials(self, space: Space) -> int:
         """How many trials there will be.
@@ -140,4 +150,8 @@ def read_sweep_options(folder: str | Path) -> SweepOptions:
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is no sweep: it has no {CONFIG}. Give a folder that a sweep printed.")
     found = read_options(folder / CONFIG, SweepOptions)
-    return dataclasses.replace(found, only=tuple(found.only), runs=str(folder.parent), name=folder.name)
+    if found.folder() != folder:
+        raise RunError(
+            f"{folder} was moved from {found.folder()}, and its trials know that place only; move it back to resume it"
+        )
+    return found

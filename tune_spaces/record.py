@@ -113,6 +113,12 @@ class SweepRecord:
                 found.status = "open"
         self.save()
 
+    def forget_all_but(self, known: set[str]) -> None:
+        """Leave out what is open and unknown to Ray Tune: after a crash it may have started others instead."""
+        gone = [t.id for t in self.trials.values() if t.status in ("running", "open") and t.id not in known]
+        for trial in gone:
+            del self.trials[trial]
+
     def forget_weights(self) -> None:
         """Remove the checkpoints of trials that have ended and are not the best; open and failed ones need theirs."""
         best = self.best()

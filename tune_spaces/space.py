@@ -96,8 +96,16 @@ class Parameter:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
+    def nearest(self, value: Value) -> Value:
+        """A value itself, or what stands for one that lies outside."""
+        if self.contains(value):
+            return value
+        if self.values or not isinstance(value, int | float):
+            return self.grid()[0]
+        return self._number(min(max(value, self.low), self.high))
+
     def contains(self, value: Value) -> bool:
-        """Whether a search may draw a value; first points may lie outside."""
+        """Whether a search may draw a value."""
         if self.values:
             return value in self.values
         return isinstance(value, int | float) and self.low <= value <= self.high
@@ -136,10 +144,11 @@ class Space:
         return dataclasses.replace(self, parameters=tuple(p for p in self.parameters if not names or p.name in wanted))
 
     def first_points(self, options: AdaptOptions) -> list[Point]:
-        """What is tried before anything else: the published values, then those of a run without a sweep."""
+        """What is tried before anything else: the published values, then, if the space has them, a plain run's."""
         default = {name: value_of(options, name) for name in self.names}
-        published = {p.name: default[p.name] if p.published is ... else p.published for p in self.parameters}
-        return [published] if published == default else [published, default]
+        published = {p.name: p.nearest(default[p.name]) if p.published is ... else p.published for p in self.parameters}
+        fits = all(p.contains(default[p.name]) for p in self.parameters)
+        return [published, default] if fits and default != published else [published]
 
     def grid(self, options: AdaptOptions) -> list[Point]:
         """Every combination, the last parameter changing fastest, after :meth:`first_points`."""
@@ -210,14 +219,15 @@ def _parameter(name: str, table: dict[str, Any], path: str) -> Parameter:
     unknown = sorted(set(table) - KEYS)
     if unknown:
         raise wrong(f"has the unknown key {unknown[0]!r}; known are {', '.join(sorted(KEYS))}")
-    published = _none(table["published"]) if "published" in table else ...
+    optional = _takes_none(name)
+    published = _value(table["published"], optional) if "published" in table else ...
     if "values" in table:
         values = table["values"]
         if set(table) & {"low", "high", "step", "log"}:
             raise wrong("has values and a range; leave one of them out")
         if not isinstance(values, list) or not values:
             raise wrong(f"has values = {values!r}; give a list of at least one")
-        listed = tuple(_none(value) for value in values)
+        listed = tuple(_value(value, optional) for value in values)
         if not all(value is None or isinstance(value, str | int | float | bool) for value in listed):
             raise wrong("has a value that is no number, word or truth value")
         if published is not ... and published not in listed:
@@ -245,8 +255,15 @@ def _parameter(name: str, table: dict[str, Any], path: str) -> Parameter:
     return Parameter(name, (), low, high, step, log, published, whole)
 
 
-def _none(value: Any) -> Any:
-    return None if value == NONE else value
+def _value(value: Any, optional: bool) -> Any:
+    """What a value in a file stands for; ``none`` may also be a word that an option lists."""
+    return None if value == NONE and optional else value
+
+
+def _takes_none(name: str) -> bool:
+    group, _, field = name.rpartition(".")
+    kind = get_type_hints(RECIPE_OPTIONS.get(group, AdaptOptions)).get(field)
+    return type(None) in get_args(kind)
 
 
 def check_space(space: Space, options: AdaptOptions) -> None:
@@ -274,10 +291,25 @@ def check_space(space: Space, options: AdaptOptions) -> None:
             raise RunError(f"{space.path}: [{name}] takes whole numbers; write low, high and step without a point")
 
 
+def fitting(space: Space, options: AdaptOptions) -> tuple[Space, list[str]]:
+    """What of a recipe's own space goes with the options of a run, and why the rest does not."""
+    kept, why = [], []
+    for parameter in space.parameters:
+        try:
+            check_space(dataclasses.replace(space, parameters=(parameter,)), options)
+            kept.append(parameter)
+        except RunError as error:
+            why.append(str(error).removeprefix(f"{space.path}: "))
+    return dataclasses.replace(space, parameters=tuple(kept)), why
+
+
 def searchable(options: AdaptOptions) -> dict[str, Any]:
     """Names and types of the options that a sweep may search with these options."""
     found = {name: kind for name, kind in get_type_hints(AdaptOptions).items() if name not in FIXED}
-    groups = {options.recipe} if options.from_stage > 1 else {options.recipe, *recipe(options.recipe).begins_with}
+    before = recipe(options.recipe).begins_with
+    groups = set() if options.to_stage is not None and options.to_stage <= len(before) else {options.recipe}
+    if options.from_stage == 1:
+        groups |= set(before)
     for group in sorted(groups & set(RECIPE_OPTIONS)):
         hints = get_type_hints(RECIPE_OPTIONS[group])
         for item in dataclasses.fields(RECIPE_OPTIONS[group]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import signal
@@ -35,14 +36,12 @@ from pipelines.setup import resolve
 from tune_spaces.options import CONFIG, ORACLE, SweepOptions
 from tune_spaces.page import write_page
 from tune_spaces.record import SweepRecord, TrialRecord
-from tune_spaces.space import Space, read_space, shipped, with_point
+from tune_spaces.space import Space, shipped, with_point
 from tune_spaces.trial import STOPPING, Trial
 
 SPACE = "space.toml"
 BEST = "best.toml"
 MOST_HELD_OUT = 64
-BOARDS = 4
-"""Actors of a trial that are pinned to the head node, at most."""
 RETRIES = 1
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -75,14 +74,18 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     """
     options = _with_places(options)
     folder = options.folder()
-    space = _kept_space(options, folder) if resume else options.read_space()
+    space, left_out = options.read_space(folder / SPACE if resume else None)
     count = options.trials(space)
     if not resume and folder.exists():
         raise RunError(
             f"{folder} exists already: continue it with run.py tune --resume {folder}, or give another --name"
         )
-    first = options.first_stage() if options.shares_stage_one else options.trial_options()
-    setup = resolve(first)  # what cannot work is refused before anything is written or started
+    # What cannot work is refused before anything is written or started.
+    whole = options.run_options() if options.shares_stage_one else options.trial_options()
+    setup = resolve(dataclasses.replace(whole, references="never"))
+    setup.open_given()
+    for why in left_out:
+        watch("message", {"text": f"not searched: {why}"})
     if options.metric in NEED_SOURCE and not options.held_out:
         options = _with_held_out(options, len(setup.domains.source), watch)
     if options.scores_target and setup.domains.validation is None:
@@ -93,7 +96,8 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     url = cluster.start(options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
-    room = Room.of(options, cluster.total_resources())
+    teachers = options.teachers if setup.labels and options.pseudo_labels is None else 0
+    room = Room.of(options, cluster.total_resources(), teachers)
     watch("message", {"text": room.sentence})
     if not resume:
         folder.mkdir(parents=True)
@@ -107,7 +111,10 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     (folder / STOPPING).unlink(missing_ok=True)  # of a sweep that was killed while it stopped
     outcome.record = record = SweepRecord(folder, _about(options, setup.data, setup.benchmark.name))
     watch("phase", {"name": "trials", "text": f"{count} trials"})
-    _tune(options, space, count, room, record, watch, resume=resume)
+    known = _tune(options, space, count, room, record, watch, resume=resume)
+    record.forget_all_but(known)
+    if options.keep == "best":
+        record.forget_weights()  # a trial that was ended early has saved once more
     (folder / STOPPING).unlink(missing_ok=True)
     record.interrupted()
     open_ones = [t for t in record.trials.values() if t.status == "open"]
@@ -134,12 +141,13 @@ class Room:
     sentence: str
 
     @staticmethod
-    def of(options: SweepOptions, resources: dict[str, float]) -> Room:
+    def of(options: SweepOptions, resources: dict[str, float], teachers: int) -> Room:
         """Count.
 
         Args:
             options: of the sweep.
             resources: of the cluster.
+            teachers: of a trial; 0 where it makes no labels.
 
         Raises:
             RunError: not one trial fits, or the user wants more at a time than fit.
@@ -147,15 +155,13 @@ class Room:
         parts = cluster.shares(options, resources)
         # One student runs in the trial's own process; several are Ray Train's, in a placement group of their own.
         own = parts.student if options.students == 1 else {"CPU": 0.01}
-        boards = {name: round(BOARDS * amount, 4) for name, amount in HEAD.items()}
-        bundles = [own, *[parts.teacher] * options.teachers, parts.evaluator, boards]
-        needs = _needs(options, parts)
+        needs = _needs(options, parts, teachers)
         fit = min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items() if amount)
         words = " and ".join(f"{amount:g} {name}s" for name, amount in needs.items() if amount)
         has = " and ".join(f"{resources.get(name, 0.0):g}" for name, amount in needs.items() if amount)
         why = (
             f"each needs {words} ({_many(options.students, 'student')} × {parts.student['CPU']:g}, "
-            f"{_many(options.teachers, 'teacher')} × {parts.teacher['CPU']:g}, evaluator {parts.evaluator['CPU']:g}, "
+            f"{_many(teachers, 'teacher')} × {parts.teacher['CPU']:g}, evaluator {parts.evaluator['CPU']:g}, "
             f"reading {DATA_CPUS:g}), and Ray counts {has} here"
         )
         wanted = options.max_concurrent
@@ -165,18 +171,21 @@ class Room:
                 f"most {fit}, fewer --teachers or --threads, or a larger cluster (--address)."
             )
         at_once = fit if wanted is None else wanted
+        # After a resume Ray Tune starts whatever has room: so many groups, and no more, have room on the head node.
+        boards = {name: math.floor(9900 / at_once) / 10000 for name in HEAD}
+        bundles = [own, *[parts.teacher] * teachers, parts.evaluator, boards]
         return Room(bundles, at_once, f"{_many(at_once, 'trial')} at a time: {why}")
 
 
 def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'s' if count > 1 else ''}"
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
-def _needs(options: SweepOptions, parts: Shares) -> dict[str, float]:
+def _needs(options: SweepOptions, parts: Shares, teachers: int) -> dict[str, float]:
     """CPUs and GPUs of a whole trial."""
 
     def total(name: str) -> float:
-        own = options.students * parts.student.get(name, 0.0) + options.teachers * parts.teacher.get(name, 0.0)
+        own = options.students * parts.student.get(name, 0.0) + teachers * parts.teacher.get(name, 0.0)
         return own + parts.evaluator.get(name, 0.0)
 
     return {"CPU": round(total("CPU") + DATA_CPUS, 3), "GPU": round(total("GPU"), 3)}
@@ -206,17 +215,14 @@ def searcher(options: SweepOptions, space: Space, count: int, at_once: int) -> t
     return ConcurrencyLimiter(found, max_concurrent=at_once), {}
 
 
-def scheduler(options: SweepOptions, steps: int) -> TrialScheduler:
-    """Ray Tune's scheduler for trials of so many steps."""
-    first = max(1, steps // options.looks)
+def scheduler(options: SweepOptions) -> TrialScheduler:
+    """Ray Tune's scheduler, which decides at the looks of a trial."""
+    last, common = options.looks + 1, {"time_attr": "look", "metric": "score", "mode": "max", "grace_period": 1}
     if options.scheduler == "asha":
-        return ASHAScheduler(
-            time_attr="step", metric="score", mode="max", max_t=steps + 1, grace_period=first, reduction_factor=3
-        )
+        return ASHAScheduler(**common, max_t=last, reduction_factor=3)
     if options.scheduler == "median":
-        return MedianStoppingRule(
-            time_attr="step", metric="score", mode="max", grace_period=first, min_samples_required=3
-        )
+        # Without the minimum it pauses trials while others wait, and a paused one would have to be saved by Tune.
+        return MedianStoppingRule(**common, min_samples_required=3, min_time_slice=last)
     return FIFOScheduler()
 
 
@@ -254,7 +260,7 @@ class Listener(ray.tune.Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A look."""
-        self._tell(self.record.looked(trial.trial_id, result["look"]))
+        self._tell(self.record.looked(trial.trial_id, result["told"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The end, by itself or early."""
@@ -294,9 +300,8 @@ def _tune(
     watch: Watch,
     *,
     resume: bool,
-) -> None:
-    """Let Ray Tune run the trials; returns when they are done, or when the user stopped it."""
-    steps = resolve(options.trial_options()).plan.total_steps
+) -> set[str]:
+    """Let Ray Tune run the trials until they are done or the user stops it; the ids of those that it knows."""
     algorithm, point = searcher(options, space, count, room.at_once)
     # What stands in Tune's own files stands in sweep.json; it looks at its settings when it runs.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -306,14 +311,14 @@ def _tune(
     can_resume = resume and any((record.folder / "tune").glob("experiment_state-*.json"))
     before = signal.getsignal(signal.SIGINT)
     try:
-        ray.tune.run(
+        analysis = ray.tune.run(
             Trial,
             name="tune",
             storage_path=str(record.folder),
             config={"sweep": str(record.folder), "point": point},
             num_samples=1 if options.search == "grid" else count,
             search_alg=algorithm,
-            scheduler=scheduler(options, steps),
+            scheduler=scheduler(options),
             resources_per_trial=ray.tune.PlacementGroupFactory(room.bundles),
             callbacks=[Listener(record, watch, keep_all=options.keep == "all")],
             max_failures=RETRIES,
@@ -326,6 +331,7 @@ def _tune(
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)
+    return {trial.trial_id for trial in analysis.trials}
 
 
 def _stage_one(options: SweepOptions, watch: Watch) -> bool:
@@ -334,7 +340,8 @@ def _stage_one(options: SweepOptions, watch: Watch) -> bool:
     newest = CheckpointStore(first.folder() / "checkpoints").steps()
     if newest and newest[-1] == resolve(first).plan.total_steps:
         return True
-    return not adapt(first, watch, resume=(first.folder() / "config.toml").exists(), manner=Manner(brief=True)).stopped
+    manner = Manner(brief=True, scored=options.scores_target, score_on_the_way=False)
+    return not adapt(first, watch, resume=(first.folder() / "config.toml").exists(), manner=manner).stopped
 
 
 def _about(options: SweepOptions, data: str, benchmark: str) -> dict[str, Any]:
@@ -353,7 +360,9 @@ def _about(options: SweepOptions, data: str, benchmark: str) -> dict[str, Any]:
 
 def write_best(options: SweepOptions, best: TrialRecord, trials: int) -> Path:
     """The options of the best trial, for ``run.py --config``; the file's path."""
-    shared = dataclasses.replace(options.trial_options(), name=None, runs=options.runs, references=options.references)
+    shared = dataclasses.replace(options.trial_options(), name=None, runs=options.runs)
+    if shared.from_stage == 1:
+        shared = dataclasses.replace(shared, references=options.references)
     values = "\n".join(f"  {name} = {value}" for name, value in best.point.items())
     oracle = ", which is an oracle metric: it looks at target labels" if options.metric == ORACLE else ""
     comment = (
@@ -363,15 +372,11 @@ def write_best(options: SweepOptions, best: TrialRecord, trials: int) -> Path:
     if options.shares_stage_one:
         comment += (
             "\nIt starts from the stage I that all trials share; to train that, too, for example with another seed:\n"
-            f"python run.py --config {options.folder() / BEST} --from-stage 1 --init None --seed 1"
+            f"python run.py --config {options.folder() / BEST} --from-stage 1 --init {options.init} --seed 1"
         )
     path = options.folder() / BEST
     write_options(path, with_point(shared, best.point), comment)
     return path
-
-
-def _kept_space(options: SweepOptions, folder: Path) -> Space:
-    return read_space(folder / SPACE).only(options.only)
 
 
 def _with_held_out(options: SweepOptions, images: int, watch: Watch) -> SweepOptions:
@@ -382,6 +387,7 @@ def _with_held_out(options: SweepOptions, images: int, watch: Watch) -> SweepOpt
         before = read_config(started).held_out if (started / "config.toml").is_file() else 0
         if before:
             return dataclasses.replace(options, held_out=before)
+    if options.from_stage > 1:
         watch(
             "message",
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import ray.tune
 
 from actors.crew import Crew, LastingCrew
+from actors.errors import RunError
 from models.label_free import SCORES
 from pipelines import cluster
 from pipelines.adapt import Interrupt, Manner, Run
@@ -29,8 +31,8 @@ STOPPING = "stopping"
 POLL_SECONDS = 0.5
 SETTLE_SECONDS = 1.0
 """By then Ray Tune has left its loop: a result that it still took would count as the end of the trial."""
-SECONDS_TO_STOP = 30.0
-SIGNALS_ALONE = ("class_shares", "recommended", "recommended_score", "kind", "step", "time")
+SECONDS_TO_STOP = 60.0
+NOT_SIGNALS = ("class_shares", "recommended", "recommended_score", "kind", "step", "time")
 """What stands beside the signals in a line of metrics."""
 
 
@@ -50,7 +52,7 @@ class TrialRun:
         self.began, self.clock = time.monotonic(), time.time()
         self.looks: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self.interrupt = Interrupt()
-        self._looked = -1
+        self._looked, self.steps = -1, 1
         self.thread = threading.Thread(target=self._work, name=f"trial {trial}", daemon=True)
         self.thread.start()
 
@@ -58,8 +60,8 @@ class TrialRun:
         """Wait for the next look, or until the sweep is being interrupted: the run has then saved a checkpoint.
 
         Returns:
-            None when it was interrupted; else ``{"step", "score", "signals", "finished"}``, and of the last one
-            ``miou`` where target labels score it, ``began`` (seconds of the clock) and ``seconds`` by phase.
+            None when it was interrupted; else ``{"step", "look", "score", "signals", "finished"}``, and of the last
+            one ``miou`` where target labels score it, ``began`` (seconds of the clock) and ``seconds`` by phase.
 
         Raises:
             RunError: the run cannot go on; so with whatever else ended it.
@@ -78,9 +80,17 @@ class TrialRun:
             return item
 
     def stop(self) -> None:
-        """End the run, wherever it stands: it saves a checkpoint. Returns when its processes are gone."""
+        """End the run, wherever it stands: it saves a checkpoint, and its processes go.
+
+        Raises:
+            RunError: it does not end in time, and so no other run may begin in this process.
+        """
         self.interrupt.asked = True
         self.thread.join(SECONDS_TO_STOP)
+        if self.thread.is_alive():
+            raise RunError(
+                f"the trial before did not end within {SECONDS_TO_STOP:g} seconds; this one needs a process of its own"
+            )
 
     def _work(self) -> None:
         try:
@@ -103,6 +113,7 @@ class TrialRun:
         manner = Manner(
             student_here=setup.options.students == 1,
             brief=True,
+            scored=self.sweep.scores_target,
             score_on_the_way=self.sweep.metric == ORACLE,
         )
         seconds = {"start": time.monotonic() - self.began}
@@ -111,13 +122,10 @@ class TrialRun:
 
     def _setup(self) -> Setup:
         setup = resolve(self.options)
-        plan = dataclasses.replace(setup.plan, evaluate_every=max(1, setup.plan.total_steps // self.sweep.looks))
-        domains = setup.domains
-        if not self.sweep.scores_target:
-            domains = dataclasses.replace(domains, validation=None)
-        elif domains.validation is None:
-            setup.make_scorer()  # says what is missing
-        return dataclasses.replace(setup, plan=plan, domains=domains)
+        self.steps, publish = setup.plan.total_steps, setup.plan.publish_every
+        every = -(-self.steps // (self.sweep.looks * publish)) * publish  # weights are seen when they are published
+        plan = dataclasses.replace(setup.plan, evaluate_every=every)
+        return dataclasses.replace(setup, plan=plan)
 
     def _watch(self, kind: str, what: dict[str, Any]) -> None:
         """Told by the run what happens; a look that is complete goes into the queue."""
@@ -144,9 +152,11 @@ class TrialRun:
         }
 
     def _look(self, step: int, line: dict[str, Any], miou: float | None) -> dict[str, Any]:
-        signals = {name: value for name, value in line.items() if name not in SIGNALS_ALONE}
+        signals = {name: value for name, value in line.items() if name not in NOT_SIGNALS}
         score = score_of(self.sweep.metric, signals, miou)
-        return {"step": step, "score": score, "signals": signals, "finished": False}
+        # Schedulers compare trials by the number of a look: its step depends on when the evaluator had time.
+        number = max(1, round(step * self.sweep.looks / self.steps))
+        return {"step": step, "look": number, "score": score, "signals": signals, "finished": False}
 
 
 def score_of(metric: str, signals: dict[str, float], miou: float | None) -> float | None:
@@ -180,9 +190,9 @@ class Trial(ray.tune.Trainable):
         if look is None:
             return {"done": True}  # nobody listens any more
         return {
-            "look": look,
+            "told": look,
+            "look": look["look"],
             "score": WORST if look["score"] is None else look["score"],
-            "step": look["step"],
             "done": look["finished"],
         }
 
@@ -194,7 +204,8 @@ class Trial(ray.tune.Trainable):
 
     def cleanup(self) -> None:
         """End what runs, and everything that would serve another trial."""
-        self._end_run()
+        with contextlib.suppress(RunError):  # this process is about to end
+            self._end_run()
         self.crew.end()
 
     def _end_run(self) -> None:

@@ -75,6 +75,23 @@ def test_a_lasting_crew_works_for_the_next_run_with_what_lies_on_the_desk(hired)
     assert crew.evaluator({"num_cpus": 0.1}, "second scorer") is watching
 
 
+def test_a_teacher_that_cannot_begin_is_heard_of_and_a_dead_one_begins_by_itself(hired, monkeypatch):
+    crew = LastingCrew({})
+    (kept,) = crew.teachers(1, {}, "a")
+
+    def get(value):
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    monkeypatch.setattr(ray, "get", get)
+    kept.begin = Remote(lambda: ray.exceptions.RayActorError())
+    assert crew.teachers(1, {}, "b") == [kept]
+    kept.begin = Remote(lambda: MemoryError("full"))
+    with pytest.raises(MemoryError):
+        crew.teachers(1, {}, "c")
+
+
 def test_fewer_teachers_are_the_first_ones(hired):
     crew = LastingCrew({})
     two = crew.teachers(2, {"num_cpus": 0.5}, "a")

@@ -158,6 +158,8 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(watched_ray, stage_one, t
         assert signals[0] == signals[1]
         folders = [whole.folder / "trials" / one["id"], cut.folder / "trials" / other["id"]]
         assert losses(folders[0])[20] == losses(folders[1])[20]
+    lines = (cut.folder / "trials" / after[1]["id"] / "metrics.jsonl").read_text()
+    assert lines.count('"kind": "train", "step": 1,') == 1, "it went on and did not begin anew"
     assert left_over(watched_ray) == []
 
 

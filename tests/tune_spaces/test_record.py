@@ -78,6 +78,14 @@ def test_a_sweep_that_goes_on_knows_its_trials(record, tmp_path):
     assert again.started("c", {"x": 3}).number == 3
 
 
+def test_open_trials_that_ray_tune_forgot_in_a_crash_are_left_out(record):
+    for name in "abc":
+        record.started(name, {})
+    record.looked("a", look(10, 0.1, True))
+    record.forget_all_but({"b"})
+    assert set(record.trials) == {"a", "b"}
+
+
 def test_only_the_weights_of_the_best_and_of_those_that_go_on_are_kept(record, tmp_path):
     def weights(name):
         return [tmp_path / "trials" / name / kind for kind in ("checkpoints", "recommended")]

@@ -166,6 +166,27 @@ def test_only_names_that_the_space_has_can_be_picked():
         read_space(shipped("eplc")).only(("eplc.sure",))
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "first"),
+    [
+        ("eplc.passes", {"values": [1, 3]}, 1),
+        ("eplc.max_label_age", {"low": 50, "high": 200}, 50),
+        ("eplc.keep_share", {"low": 0.7, "high": 0.9}, 0.7),
+        ("eplc.dropout", {"low": 0.0, "high": 0.1}, 0.1),
+    ],
+)
+def test_a_default_that_a_space_does_not_have_is_not_tried(name, table, first):
+    found = nested(name, table)
+    check_space(found, WARM)
+    assert found.first_points(WARM) == [{name: first}]
+
+
+def test_none_may_be_a_word_that_an_option_lists():
+    found = nested("eplc.mixing", {"values": ["none", "classes"]})
+    check_space(found, WARM)
+    assert found.grid(WARM) == [{"eplc.mixing": "classes"}, {"eplc.mixing": "none"}]
+
+
 def test_a_parameter_knows_its_values():
     assert Parameter("x", values=(1, None)).contains(None)
     assert not Parameter("x", values=(1, 2)).contains(None)

@@ -17,6 +17,7 @@ from tune_spaces.options import CONFIG, METRICS, SweepOptions, read_sweep_option
         ({"max_concurrent": 0}, "--max-concurrent is 0"),
         ({"looks": 0}, "--looks is 0"),
         ({"metric": "miou", "oracle": "never"}, "--metric miou ranks trials by target labels"),
+        ({"references": "always"}, "the trials of a sweep train no reference runs"),
         ({"students": 2, "dashboard": False}, "leave --no-dashboard out"),
     ],
 )
@@ -57,18 +58,18 @@ def test_target_labels_are_for_the_miniature_or_who_asks():
 
 
 def test_twenty_trials_and_every_point_of_a_grid():
-    assert SweepOptions(name="s").trials(SweepOptions(name="s").read_space()) == 20
+    assert SweepOptions(name="s").trials(SweepOptions(name="s").read_space()[0]) == 20
     grid = SweepOptions(name="s", search="grid", only=("eplc.passes", "eplc.dropout"))
-    assert grid.trials(grid.read_space()) == 4 * 6
+    assert grid.trials(grid.read_space()[0]) == 4 * 6
 
 
 def test_a_grid_that_nobody_can_want_is_refused_with_its_sizes():
     options = SweepOptions(name="s", search="grid")
     with pytest.raises(RunError, match=r"points \(rate_scale 3, rare_weight 3, eplc.dropout 6.*--only"):
-        options.trials(options.read_space())
+        options.trials(options.read_space()[0])
     few = SweepOptions(name="s", search="grid", only=("eplc.passes",), num_samples=3)
     with pytest.raises(RunError, match=r"this grid has 4 points .* more than 3: .* --num-samples 4"):
-        few.trials(few.read_space())
+        few.trials(few.read_space()[0])
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path):
@@ -76,6 +77,32 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path):
     write_options(options.folder() / CONFIG, options, "two\nlines")
     assert (tmp_path / "s" / CONFIG).read_text().startswith("# two\n# lines\n")
     assert read_sweep_options(tmp_path / "s") == options
+
+
+def test_a_sweep_that_was_moved_is_refused_with_where_it_was(tmp_path):
+    write_options(tmp_path / "new" / CONFIG, SweepOptions(name="old", runs=str(tmp_path)))
+    with pytest.raises(RunError, match=rf"was moved from {tmp_path}/old.*move it back"):
+        read_sweep_options(tmp_path / "new")
+
+
+@pytest.mark.parametrize("given", [{"refresh": "once"}, {"faithful": True}])
+def test_what_a_recipes_own_space_cannot_search_here_is_left_out_and_said(given):
+    space, left_out = SweepOptions(name="s", **given).read_space()
+    assert "eplc.max_label_age" not in space.names
+    assert "eplc.dropout" in space.names
+    assert len(left_out) == 1
+    assert "labels of one round grow old by design" in left_out[0]
+    with pytest.raises(RunError, match="labels of one round grow old by design"):
+        SweepOptions(name="s", only=("eplc.max_label_age",), **given).read_space()
+
+
+def test_with_the_first_stage_alone_its_own_options_are_searched(tmp_path):
+    (tmp_path / "s.toml").write_text("[mrnet.memory]\nvalues = [0.0, 0.1]\n")
+    first = SweepOptions(name="s", to_stage=1, space=str(tmp_path / "s.toml"))
+    assert first.read_space()[0].names == ("mrnet.memory",)
+    (tmp_path / "s.toml").write_text("[eplc.passes]\nvalues = [1, 5]\n")
+    with pytest.raises(RunError, match=r"has no option 'eplc.passes'"):
+        first.read_space()
 
 
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path):

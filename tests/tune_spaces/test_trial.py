@@ -1,7 +1,9 @@
+import threading
 import time
 
 import pytest
 
+from actors.errors import RunError
 from models.label_free import SCORES
 from tune_spaces import trial as module
 from tune_spaces.options import SweepOptions
@@ -59,13 +61,14 @@ def test_a_trial_is_a_run_with_the_values_of_its_point():
 
 def test_every_look_is_told_once_with_its_signals_alone():
     run = trial(metric="entropy")
+    run.steps = 20
     for step in (8, 8, 16):
         run._watch("progress", {"signals": line(step, class_shares=[1.0])})
     run._watch("progress", {"train": {"step": 20}})
     run._watch("message", {"text": "hello"})
     looks = taken(run)
     assert [look["step"] for look in looks] == [8, 16]
-    assert looks[0] == {"step": 8, "score": pytest.approx(-0.1), "signals": SIGNALS, "finished": False}
+    assert looks[0] == {"step": 8, "look": 2, "score": pytest.approx(-0.1), "signals": SIGNALS, "finished": False}
 
 
 def test_with_the_oracle_metric_a_look_waits_for_the_score_of_its_step():
@@ -106,6 +109,20 @@ def test_a_trial_that_waits_for_a_look_hears_that_its_sweep_is_being_interrupted
     (tmp_path / "s" / module.STOPPING).touch()
     assert run.next() is None
     assert not run.thread.is_alive()
+
+
+def test_a_trial_that_does_not_end_lets_no_other_begin_in_its_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_TO_STOP", 0.05)
+    free = threading.Event()
+
+    class Stubborn(TrialRun):
+        def _run(self):
+            free.wait()
+
+    run = Stubborn(SweepOptions(name="s", runs=str(tmp_path), init="/one", from_stage=2), "t", {}, crew=None)
+    with pytest.raises(RunError, match=r"did not end within 0.05 seconds"):
+        run.stop()
+    free.set()
 
 
 def test_what_ends_a_run_reaches_whoever_waits_for_its_next_look():

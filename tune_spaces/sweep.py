@@ -287,8 +287,13 @@ class Listener(ray.tune.Callback):
 
 def _error(trial: Any) -> str:
     """What a trial failed of, in a line."""
-    error = trial.get_pickled_error() or trial.get_error()
-    return "its process died" if error is None else last_line(getattr(error, "cause", None) or error)
+    # Ray Tune has just written it here; where ``get_pickled_error`` looks, it arrives later.
+    path = trial.pickled_error_file
+    if path is None or not Path(path).is_file():
+        return "its process died"
+    with open(path, "rb") as file:
+        error = ray.cloudpickle.load(file)
+    return "its process died" if isinstance(error, ray.exceptions.RayActorError) else last_line(error)
 
 
 def _tune(

@@ -46,9 +46,11 @@ TRIALS = 12
 PARTS = {
     "between": "between two trials: Ray Tune, the process that is used again",
     "start": "options, data, network of the run",
+    "boards": "the run's actors, boards, readers, first batch",
     "training": "the student's steps",
+    "save": "last checkpoint and the driver's next look, less the start of the run's actors, which counts above, too",
     "score": "signals and, here, target mIoU",
-    "rest": "before the steps boards, readers, first batch; after them last checkpoint, results, report to Ray Tune",
+    "rest": "results, and the trial's report to Ray Tune",
 }
 
 
@@ -71,10 +73,21 @@ def left_over(dashboard: str | None, seconds: float = 20.0) -> dict[str, int]:
 
 def parts_of(folder: Path, trial: TrialRecord, before: TrialRecord | None) -> dict[str, float]:
     """Where the seconds of a trial went."""
-    student = json.loads((folder / "trials" / trial.id / "results.json").read_text())["student"]
-    training = student["seconds"] * (1 - student["data_wait_share"])
-    found = {"start": trial.seconds["start"], "training": training, "score": trial.seconds["score"]}
-    found["rest"] = trial.ended - trial.began - sum(found.values())
+    run = folder / "trials" / trial.id
+    student = json.loads((run / "results.json").read_text())["student"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    waited = student["seconds"] * student["data_wait_share"]
+    training = student["seconds"] - waited
+    seconds, stop = trial.seconds, max(line["time"] for line in lines if line["kind"] == "train")
+    begun = trial.began + seconds["start"]
+    found = {
+        "start": seconds["start"],
+        "boards": stop - begun - training,
+        "training": training,
+        "save": begun + seconds["adapt"] - stop,
+        "score": seconds["score"],
+        "rest": trial.ended - trial.began - seconds["start"] - seconds["adapt"] - seconds["score"],
+    }
     return found if before is None else {"between": trial.began - before.ended, **found}
 
 

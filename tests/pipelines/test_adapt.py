@@ -10,7 +10,7 @@ from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, UnreadableImage
 from actors.student import Student
 from pipelines import adapt as adapt_module
-from pipelines.adapt import Interrupt, Run, RunningSums, _readable, stop_on_interrupt
+from pipelines.adapt import Interrupt, Manner, Run, RunningSums, _readable, stop_on_interrupt
 from pipelines.cluster import Shares
 from tests.actors.fakes import FakeLink, label_plan, run_plan, stage
 
@@ -121,6 +121,7 @@ def watched(tmp_path, monkeypatch, started):
         make_scorer=lambda: None,
         make_watcher=lambda: None,
         make_showcase=lambda: None,
+        make_source_scorer=lambda: None,
         target_reader=None,
         domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
@@ -311,13 +312,18 @@ def looks(watched, monkeypatch, every, steps, busy=()):
         before = 0 if watched.evaluator is None else len(watched.evaluator.told)
         watched._look()
         told = watched.evaluator.told[before:]
-        assert told in ([], [("look_at_newest",)])
+        assert told in ([], [("look_at_newest", watched.manner.score_on_the_way)])
         at += [step] * len(told)
     return at
 
 
 def test_the_newest_weights_are_scored_every_so_many_steps(watched, monkeypatch):
     assert looks(watched, monkeypatch, 3, [1, 2, 3, 3, 4, 5, 7, 7, 8, 9]) == [3, 7, 9]
+
+
+def test_who_wants_no_scores_on_the_way_has_signals_alone(watched, monkeypatch):
+    watched.manner = Manner(score_on_the_way=False)
+    assert looks(watched, monkeypatch, 3, [3, 4, 6]) == [3, 6]
 
 
 def test_the_last_step_is_left_to_the_table(watched, monkeypatch):

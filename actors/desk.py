@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
+
+import ray
 
 
 class Desk:
@@ -18,3 +20,17 @@ class Desk:
     def read(self, role: str) -> list[Any]:
         """What was written last."""
         return self.briefs[role]
+
+
+class Lasting:
+    """Makes an actor work for one run after another; stands before its class. See :class:`actors.crew.LastingCrew`."""
+
+    role: ClassVar[str]
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+        self.begin()
+
+    def begin(self) -> None:
+        """Work for the run whose arguments lie on the desk."""
+        super().__init__(*ray.get(ray.get(self.desk.read.remote(self.role))[0]))

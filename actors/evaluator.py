@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.checkpoints import CheckpointStore
+from actors.desk import Lasting
 from actors.errors import UnreadableImage
 from actors.labeller import helper_device, load_weights
 from actors.showcase import Showcase, Shown
@@ -232,16 +233,10 @@ class Evaluator:
         return self.make_showcase(self.device).show(rows, thresholds)
 
 
-class LastingEvaluator(Evaluator):
-    """An evaluator that works for one run after another; see :class:`actors.crew.LastingCrew`."""
+class LastingEvaluator(Lasting, Evaluator):
+    """An evaluator that works for one run after another."""
 
-    def __init__(self, desk: Any) -> None:
-        self.desk = desk
-        self.begin()
-
-    def begin(self) -> None:
-        """Work for the run whose arguments lie on the desk."""
-        super().__init__(*ray.get(ray.get(self.desk.read.remote("evaluator"))[0]))
+    role = "evaluator"
 
 
 class Recommended:

@@ -46,10 +46,15 @@ def prepare_torch(threads: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+def own_device() -> torch.device:
+    """The GPU that Ray gave this process, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+
+
 def helper_device(threads: int) -> torch.device:
     """Make this process a helper of the student's: the GPU that Ray gave it, or the CPU, where it yields to others."""
     prepare_torch(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+    device = own_device()
     if device.type == "cpu":
         _yield_cores()
     return device

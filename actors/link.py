@@ -15,7 +15,7 @@ import torch
 
 from actors.errors import RunError
 from actors.label_view import LabelView, Transport
-from actors.labeller import prepare_torch
+from actors.labeller import own_device, prepare_torch
 from actors.protocols import RunPlan
 from actors.publisher import Publisher
 from actors.student import Student
@@ -117,18 +117,13 @@ def train_here(plan: RunPlan, handles: Handles, threads: int) -> dict[str, Any]:
     """
     prepare_torch(threads)
     link = ClusterLink(plan, handles, 0, inside_train=False)
-    return _student(plan, link, 0, 1, _own_device()).run()
+    return _student(plan, link, 0, 1, own_device()).run()
 
 
 def _student(plan: RunPlan, link: ClusterLink, rank: int, world: int, device: torch.device) -> Student:
     """A student that has told the run that it is there."""
     link.write("student", 0, {"rank": rank, "students": world, "pid": os.getpid(), "device": str(device)})
     return Student(plan, link, rank, world, device)
-
-
-def _own_device() -> torch.device:
-    """The GPU that Ray gave this process, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
 
 
 def last_line(error: BaseException) -> str:
@@ -145,7 +140,7 @@ def train_alone(plan: RunPlan, handles: Handles, threads: int, name: str) -> dic
         Student's summary and, under ``weights``, the final network as numpy.
     """
     prepare_torch(threads)
-    student = Student(plan, ClusterLink(plan, handles, 0, inside_train=False, name=name), 0, 1, _own_device())
+    student = Student(plan, ClusterLink(plan, handles, 0, inside_train=False, name=name), 0, 1, own_device())
     summary = student.run()
     weights = {name: tensor.cpu().numpy() for name, tensor in student.network.state_dict().items()}
     return {**summary, "weights": weights}

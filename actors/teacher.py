@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.desk import Lasting
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -59,13 +61,7 @@ class Teacher:
         return os.getpid()
 
 
-class LastingTeacher(Teacher):
-    """A teacher that works for one run after another; see :class:`actors.crew.LastingCrew`."""
+class LastingTeacher(Lasting, Teacher):
+    """A teacher that works for one run after another."""
 
-    def __init__(self, desk: Any) -> None:
-        self.desk = desk
-        self.begin()
-
-    def begin(self) -> None:
-        """Work for the run whose arguments lie on the desk."""
-        super().__init__(*ray.get(ray.get(self.desk.read.remote("teacher"))[0]))
+    role = "teacher"

@@ -119,7 +119,7 @@ def test_one_that_starts_again_reads_what_now_lies_there(hired, monkeypatch, kin
     desk = Desk()
     handle = SimpleNamespace(read=Remote(desk.read))
     seen = []
-    monkeypatch.setattr(kind.__bases__[0], "__init__", lambda self, *arguments: seen.append(arguments))
+    monkeypatch.setattr(kind.__bases__[1], "__init__", lambda self, *arguments: seen.append(arguments))
     desk.write(role, [("one", 1)])
     actor = kind(handle)
     desk.write(role, [("two", 2)])

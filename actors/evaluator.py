@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from actors.checkpoints import CheckpointStore
 from actors.desk import Lasting
 from actors.errors import UnreadableImage
-from actors.labeller import helper_device, load_weights
+from actors.labeller import Networks, helper_device
 from actors.showcase import Showcase, Shown
 from actors.watcher import Watcher
-from models.networks.deeplab import DeepLab, adapt_batch_norm
+from models.networks.deeplab import Segmenter, adapt_batch_norm
 from models.scores import ConfusionMatrix, protocol_means
 from models.uncertainty import mean_probabilities, trunk_views
 
@@ -42,7 +42,7 @@ class Scorer:
     """One confusion matrix over a validation set. Plain object.
 
     Args:
-        network: builds the network.
+        network: builds the network; several builders where stages have networks of their own.
         reader: labelled images.
         prepare: uint8 N×H×W×3 RGB → network input.
         views: image sizes (width, height) whose probabilities are averaged.
@@ -54,7 +54,7 @@ class Scorer:
 
     def __init__(
         self,
-        network: Callable[[], nn.Module],
+        network: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         reader: LabelledReader,
         prepare: Callable[[Tensor], Tensor],
         views: Sequence[Size],
@@ -63,7 +63,8 @@ class Scorer:
         protocols: Mapping[str, Sequence[int]],
         device: torch.device,
     ) -> None:
-        self.network = network().to(device).eval().requires_grad_(False)
+        self.networks = Networks(network, device)
+        self.network = self.networks.first
         self.reader, self.prepare, self.views, self.mirrored = reader, prepare, tuple(views), mirrored
         self.num_classes, self.protocols, self.device = num_classes, dict(protocols), device
 
@@ -83,7 +84,7 @@ class Scorer:
         Raises:
             UnreadableImage: a validation file is broken: a score over fewer images would be another score.
         """
-        load_weights(self.network, weights)
+        self.network = self.networks.load(weights)
         matrix = ConfusionMatrix(self.num_classes)
         for index in range(len(self.reader)):
             label = torch.from_numpy(np.array(self.reader.label(index)))
@@ -107,7 +108,7 @@ class Scorer:
             self.prepare(torch.from_numpy(np.array(self.reader.read(index, view)))[None].to(self.device))
             for view in self.views
         ]
-        assert isinstance(self.network, DeepLab)
+        assert isinstance(self.network, Segmenter)
         views = trunk_views(self.network, inputs, mirror=self.mirrored)
         return mean_probabilities(self.network, views, None, size)[0].argmax(0).cpu()
 
@@ -122,7 +123,7 @@ class Scorer:
             indices: which of them; unreadable ones are left out.
             batch: images in one forward pass.
         """
-        load_weights(self.network, weights)
+        self.network = self.networks.load(weights)
         adapt_batch_norm(self.network, self._batches(reader, indices, batch))
         return {name: tensor.cpu().numpy().copy() for name, tensor in self.network.state_dict().items()}
 

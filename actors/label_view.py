@@ -173,19 +173,17 @@ class LabelView:
             label = selection.apply(record, self.thresholds)
         return label, self.plan.policy.weigh(age)
 
-    def extra(self, index: int, step: int) -> np.ndarray:
-        """The plan's extra column for an image, of the record that :meth:`get` has just read.
+    def column(self, name: str, index: int, step: int) -> np.ndarray:
+        """Another column of the record that :meth:`get` has just read for an image.
 
         Returns:
-            uint8 P×H×W, possibly read-only; zeros where there is no record.
+            uint8 of the column's shape, possibly read-only; zeros where there is no record.
         """
-        column = self.plan.extra_column
-        assert column is not None
         chunk, row = divmod(int(index), self.rows)
         held = self.local.get(chunk)
         if held is None or not self.plan.policy.select(max(0, step - held.version), self.round_complete):
-            return np.zeros(dict(self.plan.rule.layout.columns)[column], np.uint8)
-        return decode(held.table, row)[column]
+            return np.zeros(dict(self.plan.rule.layout.columns)[name], np.uint8)
+        return decode(held.table, row)[name]
 
     def _behind(self, chunk: int) -> bool:
         return chunk not in self.local or self.local[chunk].version != self.newest[chunk][1]

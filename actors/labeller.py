@@ -10,7 +10,7 @@ import functools
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,46 @@ def load_weights(network: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
     with torch.no_grad():
         for name, tensor in network.state_dict(keep_vars=False).items():
             tensor.copy_(torch.from_numpy(np.array(weights[name])))
+
+
+class Networks:
+    """The networks of a run, told apart by their weights: a stage may have one of its own. Built when first needed.
+
+    Args:
+        factories: one builder, or several.
+        device: where they run.
+    """
+
+    def __init__(
+        self, factories: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]], device: torch.device
+    ) -> None:
+        self.factories = [factories] if callable(factories) else list(factories)
+        self.device = device
+        self.built: list[nn.Module] = []
+
+    @property
+    def first(self) -> nn.Module:
+        """The first of them."""
+        return self._at(0)
+
+    def load(self, weights: Mapping[str, np.ndarray]) -> nn.Module:
+        """The network that some weights belong to, with them.
+
+        Raises:
+            ValueError: they belong to none.
+        """
+        shapes = {name: array.shape for name, array in weights.items()}
+        for number in range(len(self.factories)):
+            network = self._at(number)
+            if {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == shapes:
+                load_weights(network, weights)
+                return network
+        raise ValueError(f"weights of {len(shapes)} tensors belong to none of the run's networks")
+
+    def _at(self, number: int) -> nn.Module:
+        for factory in self.factories[len(self.built) : number + 1]:
+            self.built.append(factory().to(self.device).eval().requires_grad_(False))
+        return self.built[number]
 
 
 def prepare_torch(threads: int) -> None:
@@ -70,7 +110,7 @@ class Labeller:
     """Makes blocks of pseudo-label records. Plain object.
 
     Args:
-        network: builds the teaching network.
+        network: builds the teaching network; several builders where stages have networks of their own.
         reader: the target images; it knows no labels.
         plans: label plan by stage index.
         seed: the run's seed.
@@ -80,20 +120,21 @@ class Labeller:
 
     def __init__(
         self,
-        network: Callable[[], nn.Module],
+        network: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         reader: ImageReader,
         plans: Mapping[int, LabelPlan],
         seed: int,
         device: torch.device,
         batch: int = 4,
     ) -> None:
-        self.network = network().to(device).eval().requires_grad_(False)
+        self.networks = Networks(network, device)
+        self.network = self.networks.first
         self.reader, self.plans, self.seed, self.device, self.batch = reader, plans, seed, device, batch
         self.version: int | None = None
 
     def load(self, version: int, weights: Mapping[str, np.ndarray]) -> None:
         """Swap the weights, between two batches."""
-        load_weights(self.network, weights)
+        self.network = self.networks.load(weights)
         self.version = version
 
     def label(self, stage: int, chunk: int, start: int, stop: int, step: int) -> tuple[Header, pa.Table]:

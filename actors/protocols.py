@@ -8,7 +8,7 @@ needs a new *kind* of thing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -155,6 +155,8 @@ class LabelPlan:
     label_column: str = "label"
     extra_column: str | None = None
     """A column of maps that goes to the objective beside the label, or None."""
+    raw_columns: tuple[str, ...] = ()
+    """Columns that the objective gets as they were recorded, in the geometry of the whole image."""
 
     def for_bank(self) -> LabelPlan:
         """The same plan without the rule's code."""
@@ -185,7 +187,9 @@ class Batch:
     ``pseudo_weight`` is float32 N (one weight a label, from its age); all-255 pseudo labels are the way a missing
     record looks, so every rank runs the same forwards whatever it has. ``labelled`` are target images with labels of
     their own, in a semi-supervised run. ``extra`` is uint8 N×P×h×w, the label plan's extra column in the geometry of
-    the target view, zeros where there is no record.
+    the target view, zeros where there is no record. ``records`` holds the plan's raw columns, uint8 N×shape, zeros
+    where there is no record. ``whole`` are the target images that ``target`` is a view of, uint8 N×H×W×3, and
+    ``positions`` the global sample positions of every stream, from which all geometry of a view can be had again.
     """
 
     source: Tensor | None
@@ -196,6 +200,9 @@ class Batch:
     labelled: Tensor | None = None
     labelled_label: Tensor | None = None
     extra: Tensor | None = None
+    records: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: Tensor | None = None
+    positions: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,20 @@ class ObjectiveContext:
     """Sums a tensor over the students, for statistics of the global batch; returns it as it is with one."""
     average_gradients: Callable[[Sequence[nn.Parameter]], None]
     """Averages .grad over the students; does nothing with one."""
+    gather: Callable[[Tensor], Tensor] = lambda value: value
+    """The tensors of all students, of one shape, one behind the other; with one student its own."""
+    rank: int = 0
+    world: int = 1
+    network: nn.Module | None = None
+    """The student's network."""
+    teaching: nn.Module | None = None
+    """The network that is published: the student's average, where the stage has one."""
+    before: nn.Module | None = None
+    """The published network of the stage before, frozen, where the stage keeps it."""
+    as_student: Callable[[nn.Module], nn.Module] = lambda network: network
+    """A network that computes in the student's precision."""
+    fresh: bool = True
+    """Whether the stage begins; False where a checkpoint of it is about to be loaded."""
 
 
 class Objective(Protocol):
@@ -260,6 +281,13 @@ class StagePlan:
         clip_norm: bound on the norm of the student's gradient; None for none.
         plain_view: how target images look without augmentation, for ``statistics="target"``.
         norm_images: images that are normalised together in training; None for all that pass the network at once.
+        frozen_norms: whether batch norms keep their statistics and normalise by them in training, too.
+        network: builds the network of this stage and of those after it, freshly initialised, whatever the student was;
+            None goes on with the one there is.
+        initial: fills that fresh network, or part of it; None leaves it random.
+        labelled_by: whose labels ``refresh="once"`` takes: those of the network that this stage publishes, or of the
+            one that the stage before published.
+        keeps_before: whether the published network of the stage before is kept, in checkpoints, too.
     """
 
     name: str
@@ -277,6 +305,17 @@ class StagePlan:
     clip_norm: float | None = None
     plain_view: View | None = None
     norm_images: int | None = None
+    frozen_norms: bool = False
+    network: Callable[[], nn.Module] | None = None
+    initial: Callable[[nn.Module], None] | None = None
+    labelled_by: Literal["teaching", "before"] = "teaching"
+    keeps_before: bool = False
+
+    def __post_init__(self) -> None:
+        if self.labelled_by == "before" and not self.keeps_before:
+            raise ValueError(f"stage {self.name} is labelled by the network before it, so it must keep that")
+        if self.labelled_by == "before" and (self.labels is None or self.labels.policy.refresh != "once"):
+            raise ValueError(f"stage {self.name} is labelled by a network that does not change: once")
 
 
 @dataclass(frozen=True)
@@ -284,7 +323,7 @@ class RunPlan:
     """Everything a student needs to run a recipe from its first step to its last.
 
     Attributes:
-        network: builds a freshly initialised network.
+        network: builds a freshly initialised network, that which the first stage finds.
         stages: in order.
         seed: decides initialisation, sample order, views, dropout.
         folder: the run directory, absolute, visible to every student.
@@ -309,6 +348,16 @@ class RunPlan:
     max_skipped_share: float = 0.01
     initial: Callable[[nn.Module], None] | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def network_of(self, stage: int) -> Callable[[], nn.Module]:
+        """Builds the network that a stage trains; of stage -1, the one that the first stage finds."""
+        own = (plan.network for plan in reversed(self.stages[: stage + 1]))
+        return next((network for network in own if network is not None), self.network)
+
+    @property
+    def networks(self) -> tuple[Callable[[], nn.Module], ...]:
+        """Builders of every network whose weights may be published, in order."""
+        return self.network, *(plan.network for plan in self.stages if plan.network is not None)
 
     @property
     def total_steps(self) -> int:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import UnreadableImage
-from actors.labeller import label_seed, load_weights
+from actors.labeller import Networks, label_seed
 from actors.protocols import LabelPlan
-from models.networks.deeplab import DeepLab
+from models.networks.deeplab import Segmenter
 from models.uncertainty import mean_probabilities, quantise, trunk_views
 
 Size = tuple[int, int]
@@ -42,7 +42,7 @@ class Showcase:
     """Shows evenly spread images. Plain object.
 
     Args:
-        network: builds the network.
+        network: builds the network; several builders where stages have networks of their own.
         reader: target images, with ``label`` where ``labelled``.
         labelled: whether the reader has labels.
         prepare: uint8 N×H×W×3 RGB → network input.
@@ -56,7 +56,7 @@ class Showcase:
 
     def __init__(
         self,
-        network: Callable[[], nn.Module],
+        network: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         reader: Any,
         labelled: bool,
         prepare: Callable[[Tensor], Tensor],
@@ -67,7 +67,8 @@ class Showcase:
         device: torch.device,
         images: int = 4,
     ) -> None:
-        self.network = network().to(device).eval().requires_grad_(False)
+        self.networks = Networks(network, device)
+        self.network = self.networks.first
         self.reader, self.labelled, self.prepare = reader, labelled, prepare
         self.views, self.mirrored, self.plan, self.seed, self.device = tuple(views), mirrored, plan, seed, device
         count = min(images, len(reader))
@@ -90,7 +91,7 @@ class Showcase:
         """
         shown: dict[int, Shown] = {}
         for name, weights in rows.items():
-            load_weights(self.network, weights)
+            self.network = self.networks.load(weights)
             for index in self.indices:
                 try:
                     self._look(index, name, shown)
@@ -106,7 +107,7 @@ class Showcase:
             image = np.array(self.reader.read(index, self.size))
             empty = np.zeros(image.shape[:2], np.uint8)
             shown[index] = Shown(self.reader.image_ids[index], image, truth, {}, empty, None)
-        assert isinstance(self.network, DeepLab)
+        assert isinstance(self.network, Segmenter)
         inputs = [self.prepare(self._read(index, view)) for view in self.views]
         views = trunk_views(self.network, inputs, mirror=self.mirrored)
         sure, classes = mean_probabilities(self.network, views, None, self.size[::-1])[0].max(0)

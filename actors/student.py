@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -122,6 +122,8 @@ class StageState:
     optimiser: torch.optim.Optimizer
     objective: Objective
     teaching: TeachingNetwork
+    before: nn.Module | None = None
+    """The published network of the stage before, where the plan keeps it."""
     view: LabelView | None = None
     streams: dict[str, Iterator[RawBatch]] = field(default_factory=dict)
 
@@ -183,8 +185,7 @@ class Student:
         self.plan, self.link, self.rank, self.world, self.device = plan, link, rank, world, device
         self.store = CheckpointStore(f"{plan.folder}/checkpoints")
         torch.manual_seed(plan.seed)
-        self.network = plan.network().to(device)
-        self._dropout = {m: m.p for m in self.network.modules() if isinstance(m, nn.Dropout2d)}
+        self.network = self._take(plan.network)
         self.precision = precision_on(device) if plan.precision == "auto" else plan.precision
         self.step = 0
         self.tally = Tally()
@@ -207,6 +208,7 @@ class Student:
         state = self.store.newest()
         first = 0
         if state is not None:
+            self.network = self._take(self.plan.network_of(state["stage"]))
             self._check_fits(state)
             self.network.load_state_dict(state["student"])
             self.step, first, self.tally = state["step"], state["stage"], Tally.from_state(state["tally"])
@@ -228,6 +230,12 @@ class Student:
                 break
         self.store.wait()
         return {"step": self.step, "stopped": self.stopped, "precision": self.precision, **self.tally.summary()}
+
+    def _take(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """A fresh network on this student's device."""
+        network = build().to(self.device)
+        self._dropout = {m: m.p for m in network.modules() if isinstance(m, nn.Dropout2d)}
+        return network
 
     def _run_stage(self, stage: StageState) -> None:
         """Take batches, step, publish, log, save, until the stage or the run ends."""
@@ -276,6 +284,8 @@ class Student:
         torch.manual_seed(info.seed)
         set_rate(stage.optimiser, plan.learning_rate(stage_step))
         stage.network.train()
+        if plan.frozen_norms:
+            _freeze_norms(self.network)
         terms = stage.objective.losses(stage.network, batch, info)
         stage.optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
@@ -295,21 +305,25 @@ class Student:
         self.tally.data_wait += time.perf_counter() - began
         for item in raw.values():
             self._count_skipped(stage, item)
-        target = pseudo = weight = extra = None
+        target = pseudo = weight = extra = whole = None
+        records: dict[str, Tensor] = {}
         source, source_label = self._labelled(stage, "source", raw)
         labelled, labelled_label = self._labelled(stage, "labelled", raw)
         if "target" in raw:
             item, stream = raw["target"], stage.plan.streams["target"]
             stage.teaching.remember(item.images, item.positions)
-            images = item.images.to(self.device, non_blocking=True)
+            whole = item.images.to(self.device, non_blocking=True)
             if stage.view is None and item.labels is None:
-                target, _ = stream.view(images, (), item.positions)
+                target, _ = stream.view(whole, (), item.positions)
             else:
-                joined, weight, more = self._join(stage, item)
-                target, (pseudo, *planes) = stream.view(images, (joined, *more), item.positions)
+                joined, weight, more, records = self._join(stage, item)
+                target, (pseudo, *planes) = stream.view(whole, (joined, *more), item.positions)
                 pseudo = pseudo.long()
                 extra = torch.stack(planes, dim=1) if planes else None
-        return Batch(source, source_label, target, pseudo, weight, labelled, labelled_label, extra)
+        positions = {name: item.positions for name, item in raw.items()}
+        return Batch(
+            source, source_label, target, pseudo, weight, labelled, labelled_label, extra, records, whole, positions
+        )
 
     def _labelled(
         self, stage: StageState, name: str, raw: dict[str, RawBatch]
@@ -324,24 +338,30 @@ class Student:
         seen, (label,) = stage.plan.streams[name].view(images, (labels,), item.positions)
         return seen, label.long()
 
-    def _join(self, stage: StageState, item: RawBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Pseudo labels of a target batch, uint8 N×H×W, their weights, float32 N, and further maps, on the device."""
+    def _join(self, stage: StageState, item: RawBatch) -> tuple[Tensor, Tensor, list[Tensor], dict[str, Tensor]]:
+        """Pseudo labels of a target batch, uint8 N×H×W, their weights, float32 N, maps and columns, on the device."""
         if stage.view is None:  # a labelled target stream: only the oracle has one
             assert item.labels is not None
-            return item.labels.to(self.device), torch.ones(len(item.indices), device=self.device), []
+            return item.labels.to(self.device), torch.ones(len(item.indices), device=self.device), [], {}
         began = time.perf_counter()
         before = stage.view.wait_seconds
         stage.view.poll(self.step, self._upcoming(stage))
         labels, weights = zip(*(stage.view.get(int(i), self.step) for i in item.indices), strict=True)
         joined = torch.from_numpy(np.stack(labels)).to(self.device, non_blocking=True)
-        more: list[Tensor] = []
-        if stage.plan.labels is not None and stage.plan.labels.extra_column is not None:
-            planes = np.stack([stage.view.extra(int(i), self.step) for i in item.indices])
-            more = list(torch.from_numpy(planes).to(self.device, non_blocking=True).unbind(1))
+        plan, more = stage.plan.labels, list[Tensor]()
+        assert plan is not None
+        if plan.extra_column is not None:
+            more = list(self._column(stage.view, plan.extra_column, item).unbind(1))
+        records = {name: self._column(stage.view, name, item) for name in plan.raw_columns}
         self.tally.label_wait += stage.view.wait_seconds - before
         self.tally.join += time.perf_counter() - began
         self.tally.hits, self.tally.misses = stage.view.hits, stage.view.misses
-        return joined, torch.tensor(weights, dtype=torch.float32).to(self.device, non_blocking=True), more
+        return joined, torch.tensor(weights, dtype=torch.float32).to(self.device, non_blocking=True), more, records
+
+    def _column(self, view: LabelView, name: str, item: RawBatch) -> Tensor:
+        """A column of the records of a target batch, uint8 N×shape."""
+        rows = np.stack([view.column(name, int(i), self.step) for i in item.indices])
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
 
     def _upcoming(self, stage: StageState) -> np.ndarray:
         """Image indices of this rank's target samples in the next batches."""
@@ -356,33 +376,42 @@ class Student:
         """Build what a stage needs, from a checkpoint when one is being resumed."""
         plan = self.plan.stages[index]
         first_step = sum(stage.steps for stage in self.plan.stages[:index])
-        if previous is not None and plan.starts_from == "teacher":
+        before = self._before(index, previous, state)
+        if state is None and plan.network is not None:
+            torch.manual_seed(_step_seed(self.plan.seed, first_step, 1))  # the same network in every student
+            self.network = self._take(plan.network)
+            if plan.initial is not None:
+                plan.initial(self.network)
+        elif previous is not None and plan.starts_from == "teacher":
             self.network.load_state_dict(previous.network.state_dict())
         streams = self._open_streams(index, first_step)  # first, so that they read while the rest is built
-        torch.manual_seed(_step_seed(self.plan.seed, first_step, 0))  # the objective's modules start alike everywhere
         for module, rate in self._dropout.items():
             module.p = rate if plan.dropout is None else plan.dropout
         optimiser = plan.optimiser(self.network)
-        objective = plan.objective(ObjectiveContext(self.device, self._sum_over_students, self._average_gradients))
         teaching = TeachingNetwork(
-            self.plan.network().to(self.device),
+            self.plan.network_of(index)().to(self.device),
             self.network,
             plan.ema_decay,
             plan.statistics,
             plan.plain_view,
-            previous,
+            previous if plan.network is None else None,
         )
+        torch.manual_seed(_step_seed(self.plan.seed, first_step, 0))  # the objective's modules start alike everywhere
+        objective = plan.objective(self._context(teaching.network, before, fresh=state is None))
         if state is not None:
             optimiser.load_state_dict(state["optimiser"])
             objective.load_state_dict(state["objective"])
             teaching.load_state_dict(state["teaching"])
         network = self._parallel(plan)
-        stage = StageState(plan, index, first_step, network, optimiser, objective, teaching, streams=streams)
+        stage = StageState(plan, index, first_step, network, optimiser, objective, teaching, before, streams=streams)
         if state is None and self.step > 0:
             self._checkpoint(stage, now=True)
         else:
             self._good = self.step, snapshot(self._trained(stage))
-        self._publish(stage, pin=self.step == first_step)
+        if plan.labelled_by == "before":
+            self._publish_before(stage)
+        if plan.labelled_by == "teaching" or self.step > first_step:
+            self._publish(stage, pin=self.step == first_step)
         if plan.labels is not None:
             stage.view = self.link.view(index, first_step)
             stage.view.ages, stage.view.hits, stage.view.misses = (
@@ -391,6 +420,32 @@ class Student:
                 self.tally.misses,
             )
         return stage
+
+    def _before(self, index: int, previous: TeachingNetwork | None, state: dict[str, Any] | None) -> nn.Module | None:
+        """The published network of the stage before, where a stage keeps it; of the first one, what it finds."""
+        if not self.plan.stages[index].keeps_before:
+            return None
+        if previous is not None:
+            return previous.network
+        before = self.plan.network_of(index - 1)().to(self.device).eval().requires_grad_(False)
+        before.load_state_dict(self.network.state_dict() if state is None else state["before"])
+        return before
+
+    def _context(self, teaching: nn.Module, before: nn.Module | None, *, fresh: bool) -> ObjectiveContext:
+        """What an objective may know of this student."""
+        return ObjectiveContext(
+            self.device,
+            self._sum_over_students,
+            self._average_gradients,
+            self._gather,
+            self.rank,
+            self.world,
+            self.network,
+            teaching,
+            before,
+            self._as_student,
+            fresh,
+        )
 
     def _position(self, index: int, first_step: int) -> int:
         """Samples of each domain consumed globally before the coming step, of the stage that began at a step."""
@@ -419,6 +474,12 @@ class Student:
         if pin:
             self.link.publisher.flush()
 
+    def _publish_before(self, stage: StageState) -> None:
+        """Hang out the network of the stage before as the first version of this one, and keep it there."""
+        if self.lead and self.link.publisher is not None and stage.before is not None:
+            self.link.publisher.publish(stage.first_step, stage.before, pin=True)
+            self.link.publisher.flush()
+
     def _checkpoint(self, stage: StageState, now: bool) -> None:
         """Save; at the boundaries of stages also report to Train, which is a barrier and waits for one of its polls."""
         self._log(stage)  # or weights might be saved whose losses nobody has looked at
@@ -435,6 +496,8 @@ class Student:
                 "tally": snapshot(self.tally.state_dict()),
                 "bank": self._bank_index(stage),
             }
+            if stage.before is not None:
+                state["before"] = snapshot(stage.before.state_dict())
             self.store.save_later(self.step, state, lambda sentence: self.link.say(sentence, self.step))
             if now:
                 self.store.wait()
@@ -557,12 +620,14 @@ class Student:
         network = self.network
         if plan.norm_images is not None:
             network = InChunks(network, plan.norm_images)
-        if self.precision == "bfloat16":
-            network = InBfloat16(network, self.device.type)
+        network = self._as_student(network)
         if self.world == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+
+    def _as_student(self, network: nn.Module) -> nn.Module:
+        return InBfloat16(network, self.device.type) if self.precision == "bfloat16" else network
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.world == 1:
@@ -596,6 +661,13 @@ class Student:
             dist.all_reduce(value)
         return value
 
+    def _gather(self, value: Tensor) -> Tensor:
+        if self.world == 1:
+            return value
+        parts = [torch.empty_like(value) for _ in range(self.world)]
+        dist.all_gather(parts, value.contiguous())
+        return torch.cat(parts)
+
 
 def _close(streams: dict[str, Iterator[RawBatch]]) -> None:
     """End streams that read ahead; in a process that goes on, they would do so for ever."""
@@ -603,6 +675,13 @@ def _close(streams: dict[str, Iterator[RawBatch]]) -> None:
         close = getattr(stream, "close", None)
         if close is not None:
             close()
+
+
+def _freeze_norms(network: nn.Module) -> None:
+    """Batch norms normalise by the statistics that they have, and leave them as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def precision_on(device: torch.device) -> Literal["float32", "bfloat16"]:

@@ -7,7 +7,7 @@ is imported when a teacher begins, and not with this module.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -29,7 +29,7 @@ class Teacher:
 
     def __init__(
         self,
-        network: Callable[[], Any],
+        network: Callable[[], Any] | Sequence[Callable[[], Any]],
         reader: ImageReader,
         plans: Mapping[int, LabelPlan],
         seed: int,

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from actors.errors import UnreadableImage
-from actors.labeller import load_weights
+from actors.labeller import Networks
 from actors.protocols import ImageReader
 from models.label_free import TargetSignals
-from models.networks.deeplab import DeepLab, fused
 
 Size = tuple[int, int]
 
@@ -22,7 +21,7 @@ class Watcher:
     """Measures label-free signals. Plain object.
 
     Args:
-        network: builds the network.
+        network: builds the network; several builders where stages have networks of their own.
         reader: target images without labels.
         prepare: uint8 N×H×W×3 RGB → network input.
         view: size (width, height) at which images are seen.
@@ -34,7 +33,7 @@ class Watcher:
 
     def __init__(
         self,
-        network: Callable[[], nn.Module],
+        network: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         reader: ImageReader,
         prepare: Callable[[Tensor], Tensor],
         view: Size,
@@ -43,7 +42,7 @@ class Watcher:
         device: torch.device,
         batch: int = 4,
     ) -> None:
-        self.teaching, self.student = (network().to(device).eval().requires_grad_(False) for _ in range(2))
+        self.teaching, self.student = (Networks(network, device) for _ in range(2))
         self.reader, self.prepare, self.view = reader, prepare, view
         self.num_classes, self.device, self.batch = num_classes, device, batch
         count = min(images, len(reader))
@@ -65,24 +64,23 @@ class Watcher:
             mirrored image, and ``class_shares``; ``stability`` from the second time on. Empty when none of the images
             can be read.
         """
-        load_weights(self.teaching, teaching)
-        if student is not None:
-            load_weights(self.student, student)
+        average = self.teaching.load(teaching)
+        other = None if student is None else self.student.load(student)
         signals, seen = TargetSignals(self.num_classes), []
         for number, inputs in enumerate(self._inputs()):
-            assert isinstance(self.teaching, DeepLab)
-            others = {"consistency": fused(self.teaching(inputs.flip(-1))).argmax(1).flip(-1)}
-            if student is not None:
-                others["agreement"] = self._classes(inputs)
+            others = {"consistency": self._classes(average, inputs.flip(-1)).flip(-1)}
+            if other is not None:
+                others["agreement"] = self._classes(other, inputs)
             if self._before is not None and number < len(self._before):
                 others["stability"] = self._before[number]
-            seen.append(signals.update(self.teaching(inputs), others))
+            seen.append(signals.update(average(inputs), others))
         self._before = seen
         return {**signals.values(), "class_shares": signals.class_shares()} if seen else {}
 
-    def _classes(self, inputs: Tensor) -> Tensor:
-        assert isinstance(self.student, DeepLab)
-        return fused(self.student(inputs)).argmax(1)
+    @staticmethod
+    def _classes(network: nn.Module, inputs: Tensor) -> Tensor:
+        classes: Tensor = network(inputs).fused().argmax(1)
+        return classes
 
     def _inputs(self) -> list[Tensor]:
         """Network inputs in batches; an image that cannot be read is left out."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actors.labeller import label_seed, load_weights
+from actors.labeller import Networks, label_seed
 from actors.protocols import ImageReader, LabelPlan, RawBatch, RunPlan, StagePlan, Stream, View
 from actors.student import Student
 from pipelines.blocks import read_block
@@ -80,14 +80,15 @@ class LabelsOfAge:
     def __init__(
         self,
         plan: LabelPlan,
-        network: Callable[[], nn.Module],
+        network: Sequence[Callable[[], nn.Module]],
         reader: ImageReader,
         shelf: Shelf,
         seed: int,
         batch: int,
     ) -> None:
         self.plan, self.reader, self.shelf, self.seed, self.batch = plan, reader, shelf, seed, batch
-        self.network = network().eval().requires_grad_(False)
+        self.networks = Networks(network, torch.device("cpu"))
+        self.network = self.networks.first
         self.version: int | None = None
         self.histograms = np.zeros((len(reader), plan.rule.num_classes, 256), np.int32)
         self.records: dict[int, dict[str, np.ndarray]] = {}
@@ -119,10 +120,14 @@ class LabelsOfAge:
             return record[self.plan.label_column], 1.0
         return self.plan.selection.apply(record, self.thresholds), 1.0
 
+    def column(self, name: str, index: int, step: int) -> np.ndarray:
+        """See :meth:`actors.label_view.LabelView.column`."""
+        return self.records[index][name]
+
     def _label(self, indices: range | list[int], step: int) -> None:
         version, weights = self.shelf.at(step)
         if version != self.version:
-            load_weights(self.network, weights)
+            self.network = self.networks.load(weights)
             self.version = version
         images = [[self.reader.read(index, size) for index in indices] for size in self.plan.rule.view_sizes]
         seeds = [label_seed(self.seed, self.reader.image_ids[index], version) for index in indices]
@@ -147,7 +152,7 @@ class AloneLink:
         """Labels of one age."""
         plan = self.setup.labels[stage]
         batch = self.setup.plan.stages[stage].batch
-        network, reader = self.setup.plan.network, self.setup.target_reader
+        network, reader = self.setup.plan.networks, self.setup.target_reader
         self.made = LabelsOfAge(plan, network, reader, self.publisher, self.setup.plan.seed, batch)
         return self.made
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo, Stream, View
-from models.networks.deeplab import DeepLab, fused
+from models.networks.deeplab import DeepLab
 from models.schedule import set_rate
 from pipelines.benchmarks import benchmark
 from pipelines.recipes import recipe
@@ -95,9 +95,9 @@ def _wait(device: torch.device) -> None:
 def bfloat16_error(network: DeepLab, images: Tensor) -> float:
     """Relative L2 distance of the fused logits under bfloat16 autocast from those in float32."""
     network.eval()
-    exact = fused(network(images)).double()
+    exact = network(images).fused().double()
     with torch.autocast(images.device.type, torch.bfloat16):
-        rough = fused(network(images)).double()
+        rough = network(images).fused().double()
     return float((rough - exact).norm() / exact.norm())
 
 

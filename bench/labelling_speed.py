@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures, fused, upsample
+from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures, upsample
 from models.uncertainty import HeadMasks, UncertaintyRule, draw_masks, monte_carlo_labels, trunk_views
 
 RULE = UncertaintyRule("min", min_confidence=0.5)
@@ -41,15 +41,15 @@ def straightforward(
 ) -> np.ndarray:
     """Labels of all images, uint8 N×H×W."""
     volumes = []
-    for t in range(masks[0].main.shape[0]):
+    for t in range(masks[0][1].shape[0]):
         total = torch.zeros(1)
         seen = [(images, mirrored) for images in batches for mirrored in (False, True)]
         for (images, mirrored), mask in zip(seen, masks, strict=True):
             features = network.trunk(images.flip(-1) if mirrored else images)
             dropped = HeadFeatures(
-                features.aux * mask.aux[t, :, :, None, None], features.main * mask.main[t, :, :, None, None]
+                *(part * factors[t, :, :, None, None] for part, factors in zip(features, mask, strict=True))
             )
-            p = upsample(fused(network.classify(dropped)).softmax(dim=1), size)
+            p = upsample(network.classify(dropped).fused().softmax(dim=1), size)
             total = total + (p.flip(-1) if mirrored else p)
         volumes.append((total / len(seen)).numpy())
     return np.stack([_ruled(np.stack([volume[n] for volume in volumes])) for n in range(len(batches[0]))])

@@ -2,7 +2,7 @@
 
 All are means over the cells of the network's own grid. With p the softmax of the fused logits of a cell:
 entropy −Σ p ln p / ln C; diversity, the same of the mean of p over all cells; disagreement, the share of cells in which
-the two heads name different classes; agreement, consistency and stability, the shares in which the student, the same
+the two heads name different classes, of a network that has two; agreement, consistency and stability, the shares in which the student, the same
 network on the mirrored image, or the weights looked at before, name the same class as the teaching network.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from models.networks.deeplab import Logits, fused
+from models.networks.deeplab import Outputs
 
 
 class TargetSignals:
@@ -26,13 +26,13 @@ class TargetSignals:
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes, self.cells = num_classes, 0
-        self._entropy = self._disagreed = 0.0
+        self._entropy = 0.0
         self._mean = torch.zeros(num_classes, dtype=torch.float64)
         self._shares = torch.zeros(num_classes, dtype=torch.float64)
         self._same: dict[str, float] = {}
 
     @torch.no_grad()
-    def update(self, logits: Logits, others: Mapping[str, Tensor] | None = None) -> Tensor:
+    def update(self, logits: Outputs, others: Mapping[str, Tensor] | None = None) -> Tensor:
         """Count a batch.
 
         Args:
@@ -42,12 +42,16 @@ class TargetSignals:
         Returns:
             The teaching network's own classes, int64 (N, h, w).
         """
-        log_p = fused(logits).float().log_softmax(1)
+        log_p = logits.fused().float().log_softmax(1)
         p = log_p.exp()
         winner = p.argmax(1)
         self.cells += winner.numel()
         self._entropy += float(-(p * log_p).sum())
-        self._disagreed += float((logits.aux.argmax(1) != logits.main.argmax(1)).sum())
+        (_, primary), *further = logits.heads()
+        for _, scores in further:
+            self._same["disagreement"] = self._same.get("disagreement", 0.0) + float(
+                (scores.argmax(1) != primary.argmax(1)).sum()
+            )
         self._mean += p.sum((0, 2, 3)).double().cpu()
         self._shares += torch.bincount(winner.flatten(), minlength=self.num_classes).double().cpu()
         for name, classes in (others or {}).items():
@@ -63,7 +67,6 @@ class TargetSignals:
         signals = {
             "entropy": self._entropy / self.cells / scale,
             "diversity": float(-torch.special.xlogy(mean, mean).sum()) / scale,
-            "disagreement": self._disagreed / self.cells,
             **{name: same / self.cells for name, same in self._same.items()},
         }
         return {**signals, "label_free_score": label_free_score(signals)}
@@ -77,9 +80,9 @@ def label_free_score(signals: Mapping[str, float]) -> float:
     """How good a network looks without a label; higher is better, and two steps of one run can be compared.
 
     The mutual information between cells and classes, diversity − entropy (Bridle et al., NIPS 1991; sure about every
-    cell, yet not of one class everywhere), less the disagreement of the heads.
+    cell, yet not of one class everywhere), less the disagreement of the heads, where there are two.
     """
-    return signals["diversity"] - signals["entropy"] - signals["disagreement"]
+    return signals["diversity"] - signals["entropy"] - signals.get("disagreement", 0.0)
 
 
 SCORES: dict[str, tuple[str, Callable[[Mapping[str, float]], float]]] = {

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.networks.deeplab import AUX_WEIGHT, Logits, fused
+from models.networks.deeplab import AUX_WEIGHT, Logits
 
 IGNORE = 255
 Divergence = Literal["published", "main_to_aux", "aux_to_main", "squared"]
@@ -174,7 +174,7 @@ def memory_regularisation(logits: Logits) -> Tensor:
     Returns:
         A scalar; its gradient reaches the two heads, not m.
     """
-    log_memory = F.log_softmax(fused(logits).detach(), dim=1)
+    log_memory = F.log_softmax(logits.fused().detach(), dim=1)
     log_heads = F.log_softmax(logits.main, dim=1) + F.log_softmax(logits.aux, dim=1)
     return (log_memory.exp() * (2.0 * log_memory - log_heads)).sum(dim=1).mean()
 
@@ -188,7 +188,7 @@ def entropy_loss(logits: Logits) -> Tensor:
     Returns:
         A scalar.
     """
-    log_p = F.log_softmax(fused(logits), dim=1)
+    log_p = F.log_softmax(logits.fused(), dim=1)
     p = log_p.exp()
     confidence = p.detach().square().sum(dim=1)
     return -(confidence * (p * log_p).sum(dim=1)).mean()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.networks.deeplab import AUX_WEIGHT, DeepLab, HeadFeatures, upsample
+from models.networks.deeplab import Segmenter, upsample
 
 IGNORE = 255
 Strategy = Literal["mean", "min", "std"]
@@ -60,16 +60,12 @@ class UncertaintyRule:
 class View:
     """What the trunk made of one view of the images: (N, K, h, w) per head, perhaps of mirrored images."""
 
-    features: HeadFeatures
+    features: tuple[Tensor, ...]
     mirrored: bool = False
 
 
-@dataclass(frozen=True)
-class HeadMasks:
-    """Dropout factors of one view, (T, N, K) float per head: 0 or 1 / (1 - rate)."""
-
-    aux: Tensor
-    main: Tensor
+HeadMasks = tuple[Tensor, ...]
+"""Dropout factors of one view, (T, N, K) float per head: 0 or 1 / (1 - rate)."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +102,7 @@ def draw_masks(
     passes: int,
     channels: int,
     rate: float = 0.1,
+    heads: int = 2,
     device: torch.device | str = "cpu",
 ) -> list[HeadMasks]:
     """Independent dropout masks for every view, pass, head and channel of every image.
@@ -119,6 +116,7 @@ def draw_masks(
         passes: number of passes T.
         channels: K, the network's ``bottleneck_channels``.
         rate: share of channels dropped; 0 turns dropout off.
+        heads: number of heads.
         device: where the masks are wanted.
 
     Returns:
@@ -135,15 +133,15 @@ def draw_masks(
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"the dropout rate is {rate}; it lies in [0, 1)")
     drawn = torch.stack(
-        [torch.rand((views, 2, passes, channels), generator=generator) for generator in generators], dim=3
+        [torch.rand((views, heads, passes, channels), generator=generator) for generator in generators], dim=3
     )
     masks = ((drawn >= rate).float() / (1.0 - rate)).to(device)
-    return [HeadMasks(view[0], view[1]) for view in masks]
+    return [tuple(view.unbind(0)) for view in masks]
 
 
 @torch.no_grad()
 def monte_carlo_labels(
-    network: DeepLab,
+    network: Segmenter,
     views: Sequence[View],
     masks: Sequence[HeadMasks],
     size: tuple[int, int],
@@ -194,7 +192,7 @@ def monte_carlo_labels(
 
 @torch.no_grad()
 def mean_probabilities(
-    network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks] | None, size: tuple[int, int]
+    network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks] | None, size: tuple[int, int]
 ) -> Tensor:
     """Fused prediction m = mean over passes and views of Up(softmax(z_F)) (methods 3.2 and 3.4).
 
@@ -219,7 +217,7 @@ def mean_probabilities(
 
 @torch.no_grad()
 def negative_labels(
-    network: DeepLab,
+    network: Segmenter,
     views: Sequence[View],
     masks: Sequence[HeadMasks],
     size: tuple[int, int],
@@ -264,7 +262,7 @@ def negative_labels(
     return torch.stack(found)
 
 
-def trunk_views(network: DeepLab, batches: Sequence[Tensor], *, mirror: bool = True) -> list[View]:
+def trunk_views(network: Segmenter, batches: Sequence[Tensor], *, mirror: bool = True) -> list[View]:
     """Runs the trunk once per view, plain and (optionally) mirrored.
 
     Args:
@@ -290,23 +288,22 @@ def trunk_views(network: DeepLab, batches: Sequence[Tensor], *, mirror: bool = T
 
 
 def _no_dropout(view: View) -> HeadMasks:
-    main = view.features.main
-    one = torch.ones((1, *main.shape[:2]), dtype=main.dtype, device=main.device)
-    return HeadMasks(one, one)
+    return tuple(torch.ones((1, *part.shape[:2]), dtype=part.dtype, device=part.device) for part in view.features)
 
 
-def _check(network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks]) -> None:
+def _check(network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks]) -> None:
     if not views or len(views) != len(masks):
         raise ValueError(f"{len(views)} views and {len(masks)} masks were given; there must be one mask per view")
-    images, channels = views[0].features.main.shape[:2]
-    passes = masks[0].main.shape[0]
+    images, channels = views[0].features[-1].shape[:2]
+    passes, heads = masks[0][-1].shape[0], len(network.heads())
     for view, mask in zip(views, masks, strict=True):
-        if view.features.main.shape[:2] != (images, channels):
+        if view.features[-1].shape[:2] != (images, channels):
             raise ValueError("the views do not show the same number of images with the same channels")
-        if mask.main.shape != (passes, images, channels) or mask.aux.shape != (passes, images, channels):
+        wrong = [factors.shape for factors in mask if factors.shape != (passes, images, channels)]
+        if len(mask) != heads or wrong:
             raise ValueError(
-                f"a mask has shape {tuple(mask.main.shape)}; {passes} passes over {images} images with "
-                f"{channels} channels need {(passes, images, channels)}"
+                f"masks have the shapes {[tuple(factors.shape) for factors in mask]}; {passes} passes over {images} "
+                f"images with {channels} channels and {heads} heads need {(passes, images, channels)} for each head"
             )
     if channels != network.config.bottleneck_channels:
         raise ValueError(
@@ -316,7 +313,7 @@ def _check(network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks]) 
 
 
 def _pass_probabilities(
-    network: DeepLab, views: Sequence[View], masks: Sequence[HeadMasks], temperature: float = 1.0
+    network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks], temperature: float = 1.0
 ) -> list[Tensor]:
     """Softmax of every pass at network resolution, views of one grid summed, divided by the view count.
 
@@ -327,21 +324,21 @@ def _pass_probabilities(
     Returns:
         One float (N, T, C, h, w) per distinct grid.
     """
-    weight_aux = AUX_WEIGHT * network.layer5.classifier.weight[:, :, 0, 0]
-    weight_main = network.layer6.classifier.weight[:, :, 0, 0]
+    weights = [
+        share * head.classifier.weight[:, :, 0, 0]
+        for share, head in zip(network.head_weights(), network.heads(), strict=True)
+    ]
+    classes = weights[0].shape[0]
     sums: dict[tuple[int, int], Tensor] = {}
     for view, mask in zip(views, masks, strict=True):
-        aux, main = view.features
-        images, _, h, w = main.shape
-        classes = weight_main.shape[0]
-
-        def passes(weight: Tensor, factors: Tensor) -> Tensor:
+        images, _, h, w = view.features[-1].shape
+        logits: Tensor | None = None
+        for weight, factors, part in zip(weights, mask, view.features, strict=True):
             # (N, T, 1, K) * (C, K): dropping an input channel is dropping a weight column.
-            masked = factors.transpose(0, 1)[:, :, None] * weight
-            return masked.flatten(1, 2)  # (N, T * C, K)
-
-        logits = torch.bmm(passes(weight_aux, mask.aux), aux.flatten(2).to(weight_aux.dtype))
-        logits = torch.baddbmm(logits, passes(weight_main, mask.main), main.flatten(2).to(weight_main.dtype))
+            passes = (factors.transpose(0, 1)[:, :, None] * weight).flatten(1, 2)  # (N, T * C, K)
+            cells = part.flatten(2).to(weight.dtype)
+            logits = torch.bmm(passes, cells) if logits is None else torch.baddbmm(logits, passes, cells)
+        assert logits is not None
         probabilities = logits.view(images, -1, classes, h, w).div_(temperature).softmax(dim=2)
         if view.mirrored:
             probabilities = probabilities.flip(-1)

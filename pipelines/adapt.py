@@ -274,7 +274,7 @@ class Run:
             self.teachers = self.crew.teachers(
                 setup.options.teachers,
                 actor_options(self.shares.teacher),
-                plan.network,
+                plan.networks,
                 self.reader,
                 setup.labels,
                 plan.seed,

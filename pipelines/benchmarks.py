@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.datasets import cityscapes, gta5, robotcar, synthia
-from pipelines.datasets.classes import CITYSCAPES_19, PROTOCOLS, ROBOTCAR_9, ClassSet
+from pipelines.datasets.classes import CITYSCAPES_13, CITYSCAPES_16, CITYSCAPES_19, PROTOCOLS, ROBOTCAR_9, ClassSet
 from pipelines.datasets.dataset import DataError, Size, Split, image_size
 from pipelines.datasets.folder import read_folder
 from pipelines.datasets.miniature import SIZES, write_miniature
@@ -52,6 +52,21 @@ class Domains:
         assert rest is not None
         return replace(self, source=rest, held_out=held_out)
 
+    def narrowed(self, kept: tuple[int, ...]) -> Domains:
+        """The same domains with labels of fewer classes: train id `kept[i]` becomes `i`, every other one is ignored."""
+
+        def narrow(split: Split | None) -> Split | None:
+            return None if split is None else split.narrowed(kept)
+
+        return Domains(
+            source=self.source.narrowed(kept),
+            target=self.target.narrowed(kept),
+            target_labelled=narrow(self.target_labelled),
+            validation=narrow(self.validation),
+            few=narrow(self.few),
+            held_out=narrow(self.held_out),
+        )
+
     def with_target_labels(self, listed: str) -> Domains:
         """The same domains with the labels of some target images to learn from; they are scored on no more.
 
@@ -89,6 +104,8 @@ class Shapes:
     """Bounds of the scale jitter of source images in stage I."""
     published_labels: Size | None = None
     """Size of the published systems' pseudo labels; None where there are none."""
+    whole: tuple[Size, Size] | None = None
+    """Source and target where a system trains on whole images (methods §2.4, ProDA); None for `source` and `target`."""
 
     def small(self, side: int) -> tuple[Size, Size]:
         """Source and target size with the longer side at most `side`, in their proportions."""
@@ -120,6 +137,29 @@ class Benchmark:
         """Name of the protocol that the headline figure uses."""
         return next(iter(self.protocols))
 
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """The numbers of classes that `narrowed` takes, the present one first."""
+        return (len(self.classes),)
+
+    def narrowed(self, count: int) -> Benchmark:
+        """The benchmark with `count` classes, for a network with that many outputs; itself if it has that many.
+
+        Raises:
+            DataError: no train ids are known for so many of its classes; lists the numbers that are possible.
+        """
+        if count not in self.class_counts:
+            possible = " or ".join(map(str, self.class_counts))
+            raise DataError(
+                f"{self.name} cannot have {count} classes: its train ids are known for {possible} classes only. "
+                f"Ask for {possible}."
+            )
+        return self
+
+
+_NARROWER = {16: CITYSCAPES_16, 13: CITYSCAPES_13}
+"""What `CITYSCAPES_19` can be narrowed to, by the number of classes; the protocol of that name lists which."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Published(Benchmark):
@@ -129,6 +169,31 @@ class Published(Benchmark):
     target_folder: Callable[[Path], Path]
     open_source: Callable[[Path], Split]
     open_target: Callable[[Path], tuple[Split, Split | None, Split]]
+    kept: tuple[int, ...] | None = None
+    """Which of its readers' train ids are left, in the order of `classes`; None where all are."""
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """See `Benchmark.class_counts`."""
+        return (*super().class_counts, *(_NARROWER if self.classes == CITYSCAPES_19 else ()))
+
+    def narrowed(self, count: int) -> Published:
+        """See `Benchmark.narrowed`; `open` and `miniature` of the result hand out labels of those classes.
+
+        Its scores differ from the same protocols of 19 outputs: there is no absent class left to be predicted
+        (methods §2.3).
+        """
+        super().narrowed(count)
+        if count == len(self.classes):
+            return self
+        kept = PROTOCOLS[str(count)]
+        return replace(
+            self,
+            description=f"{self.description.partition(',')[0]}, {count} classes",
+            classes=_NARROWER[count],
+            protocols={str(n): tuple(kept.index(i) for i in PROTOCOLS[str(n)]) for n in _NARROWER if n <= count},
+            kept=kept,
+        )
 
     def open(self, data_root: str | Path) -> Domains:
         """Open the published datasets under `data_root`.
@@ -143,7 +208,8 @@ class Published(Benchmark):
             )
         source = self.open_source(self.source_folder(root))
         target, target_labelled, validation = self.open_target(self.target_folder(root))
-        return Domains(source, target, target_labelled, validation)
+        domains = Domains(source, target, target_labelled, validation)
+        return domains if self.kept is None else domains.narrowed(self.kept)
 
     def miniature(self, size: str, folder: str | Path, seed: int = 0) -> Domains:
         """Open the benchmark's miniature below `folder`, rendering it first if it is not there.
@@ -323,10 +389,19 @@ _CITYSCAPES = _finder("Cityscapes", ("Cityscapes", "Cityscapes/data", "cityscape
 _ROBOTCAR = _finder("RobotCar", ("RobotCar", "Oxford_Robot_ICCV19"), "train")
 
 
-def _city_shapes(target_again: Size) -> Shapes:
+def _city_shapes(target_again: Size, whole_source: Size) -> Shapes:
     views = ((1024, 512), (1280, 640))
     crops = (1024, 512), (512, 256)
-    return Shapes((1280, 720), (1024, 512), target_again, crops, views, views, published_labels=(2048, 1024))
+    return Shapes(
+        (1280, 720),
+        (1024, 512),
+        target_again,
+        crops,
+        views,
+        views,
+        published_labels=(2048, 1024),
+        whole=(whole_source, (2048, 1024)),
+    )
 
 
 _BONNET = 0.23
@@ -340,7 +415,7 @@ BENCHMARKS: dict[str, Published] = {
             description="GTA5 to Cityscapes, 19 classes",
             classes=CITYSCAPES_19,
             protocols={"19": PROTOCOLS["19"]},
-            shapes=_city_shapes((1280, 640)),
+            shapes=_city_shapes((1280, 640), (1914, 1052)),
             bonnet=_BONNET,
             source_folder=_GTA5,
             target_folder=_CITYSCAPES,
@@ -352,7 +427,7 @@ BENCHMARKS: dict[str, Published] = {
             description="SYNTHIA-RAND-CITYSCAPES to Cityscapes, means over 16 and 13 of 19 network outputs",
             classes=CITYSCAPES_19,
             protocols={"16": PROTOCOLS["16"], "13": PROTOCOLS["13"]},
-            shapes=_city_shapes((1280, 720)),
+            shapes=_city_shapes((1280, 720), (1280, 760)),
             bonnet=_BONNET,
             sure=0.9,
             batches=(1, 5),

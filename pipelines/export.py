@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from actors.errors import RunError
-from models.networks.deeplab import DeepLab
-from pipelines.trained import Description, check_fits, read_description
+from models.networks.deeplab import DeepLab, DeepLabConfig
+from pipelines.trained import fitting_network, read_description
 from pipelines.weights import Weights, newest_state
 
 
@@ -47,8 +47,9 @@ def export_mrnet(run: str, out: str, weights: Weights = "last") -> Exported:
     saved = newest_state(folder, weights)
     step, state = saved["step"], saved["teaching"]["network"]
     with torch.device("meta"):
-        network = DeepLab(description.config)
-    check_fits(network, state, folder)
+        network = fitting_network(description, state, folder)
+    if not isinstance(network, DeepLab):
+        raise RunError(f"{folder} is no network of MRNet or EPLC; export it with --layout {network.config.heads}")
     critics = _discriminators(saved.get("objective", {}))
     target = Path(out).absolute()
     written = Exported(
@@ -63,7 +64,7 @@ def export_mrnet(run: str, out: str, weights: Weights = "last") -> Exported:
         _by_rename(written.weights, lambda path: torch.save(state, path))
         for path, critic in zip(written.discriminators, critics, strict=True):
             _by_rename(path, partial(torch.save, critic))
-        _by_rename(written.options, lambda path: path.write_text(_options(description), encoding="utf-8"))
+        _by_rename(written.options, lambda path: path.write_text(_options(network.config), encoding="utf-8"))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise RunError(f"the weights cannot be written to {target}: {str(error).splitlines()[0]}") from error
     return written
@@ -89,9 +90,8 @@ def _by_rename(path: Path, write: Any) -> None:
             half.unlink(missing_ok=True)
 
 
-def _options(description: Description) -> str:
+def _options(config: DeepLabConfig) -> str:
     """What the published evaluation reads beside the weights (methods §8.5)."""
-    config = description.config
     return (
         f"model: DeepLab\nnorm_style: {config.norm}\nuse_se: {str(config.use_se).lower()}\n"
         f"num_classes: {config.num_classes}\n"

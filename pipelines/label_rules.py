@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from actors.protocols import Labelled
 from actors.records import RecordLayout
 from models.losses import IGNORE
-from models.networks.deeplab import DeepLab
+from models.networks.backbone import grid_size
+from models.networks.deeplab import Segmenter, upsample
+from models.networks.proda import Proda
+from models.prototypes import class_means, prototype_distances, prototype_weights, rectify
 from models.selection import confidence_histogram
 from models.uncertainty import (
     UncertaintyRule,
@@ -27,6 +30,7 @@ from pipelines.views import network_input
 
 Size = tuple[int, int]
 NEGATIVE = "negative"
+SOFT, ASSIGNMENTS, MEANS = "soft", "assignments", "means"
 MIN_PROB, DEVIATION = "min_prob", "deviation"
 DEVIATION_STEPS = 510
 """Steps of 1/510 reach the largest deviation that probabilities can have, ½."""
@@ -83,14 +87,15 @@ class MonteCarloRule:
 
     def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
         """See :class:`actors.protocols.LabelRule`."""
-        assert isinstance(network, DeepLab)
-        features = trunk_views(network, [network_input(view) for view in views])
+        assert isinstance(network, Segmenter)
+        features = trunk_views(network, [network_input(view, network.config.pixels) for view in views])
         masks = draw_masks(
             [torch.Generator().manual_seed(seed) for seed in seeds],
             views=len(features),
             passes=self.passes,
             channels=network.config.bottleneck_channels,
             rate=self.dropout,
+            heads=len(network.heads()),
             device=views[0].device,
         )
         if self.keep == "all":
@@ -122,4 +127,85 @@ class MonteCarloRule:
                 confidence_histogram(winner, confidence, self.num_classes),
             )
             for label, winner, confidence, columns in zip(labels, winners, confidences, more, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class PrototypeRule:
+    """ProDA's soft labels, or labels that prototypes have already denoised (methods §5.1 and §5.2).
+
+    Records hold probabilities in steps of 1/255 on the network's own grid.
+
+    Attributes:
+        num_classes: C.
+        size: (width, height) of the image that is seen, once, not mirrored.
+        label_size: (width, height) of the label.
+        feature_channels: K of the network's feature map.
+        denoised: False records σ(z) (column :data:`SOFT`) and labels with its winner. True weighs it with the
+            prototypes that came with the weights, labels with the winner of that, and records the prototypes' own
+            assignments (:data:`ASSIGNMENTS`) and the mean feature of each class (:data:`MEANS`, float32 as bytes,
+            zeros without), from which the prototypes go on.
+        temperature: τ of the assignments.
+        threshold: share of the winner below which a denoised pixel is withheld.
+        ignore_bottom: share of the label's height, from below, that is always withheld and never counted.
+    """
+
+    num_classes: int
+    size: Size
+    label_size: Size
+    feature_channels: int
+    denoised: bool = False
+    temperature: float = 1.0
+    threshold: float = 0.0
+    ignore_bottom: float = 0.0
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Label, confidence, and probabilities of all classes on the network's grid."""
+        shape = (self.label_size[1], self.label_size[0])
+        grid = (self.num_classes, *grid_size(self.size[1], self.size[0]))
+        columns: tuple[tuple[str, tuple[int, ...]], ...] = (("label", shape), ("confidence", shape))
+        if self.denoised:
+            columns += ((ASSIGNMENTS, grid), (MEANS, (self.num_classes, 4 * self.feature_channels)))
+        else:
+            columns += ((SOFT, grid),)
+        return RecordLayout(columns, self.num_classes)
+
+    @property
+    def view_sizes(self) -> tuple[Size, ...]:
+        """See :class:`actors.protocols.LabelRule`."""
+        return (self.size,)
+
+    @torch.no_grad()
+    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+        """See :class:`actors.protocols.LabelRule`; nothing of it is random."""
+        assert isinstance(network, Proda)
+        outputs = network(network_input(views[0], network.config.pixels))
+        soft, size = outputs.main.softmax(1), (self.label_size[1], self.label_size[0])
+        if self.denoised:
+            features = upsample(outputs.feature, size)
+            distances = prototype_distances(features, network.prototypes)
+            labels, confidence = rectify(
+                upsample(soft, size), prototype_weights(distances, self.temperature), self.threshold
+            )
+            near = prototype_weights(prototype_distances(outputs.feature, network.prototypes), self.temperature)
+            means, present = class_means(features, upsample(outputs.main, size).argmax(1), self.num_classes)
+            vectors = (means * present[..., None]).float().cpu().numpy().view(np.uint8)
+            more = [
+                {ASSIGNMENTS: near_image, MEANS: vector}
+                for near_image, vector in zip(quantise(near).cpu().numpy(), vectors, strict=True)
+            ]
+        else:
+            confidence, labels = upsample(soft, size).max(1)
+            more = [{SOFT: image} for image in quantise(soft).cpu().numpy()]
+        first = size[0] - round(self.ignore_bottom * size[0])
+        made = labels.to(torch.uint8).cpu().numpy()
+        made[:, first:] = IGNORE
+        return [
+            Labelled(
+                {"label": label, "confidence": sure, **columns},
+                np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
+                confidence_histogram(label, sure, self.num_classes),
+            )
+            for label, sure, columns in zip(made, quantise(confidence).cpu().numpy(), more, strict=True)
         ]

@@ -15,16 +15,23 @@ from actors.errors import RunError
 from pipelines.choices import check_choices
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
+from pipelines.recipes.proda import ProdaOptions
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.recipes.self_training import SelfTrainingOptions
-from pipelines.recipes.supervised import PUBLISHED_HARD_PERCENTILE, PUBLISHED_MAX_VALUE, SegmentationTerm
+from pipelines.recipes.recipe import PUBLISHED_TERM
+from pipelines.recipes.supervised import SegmentationTerm
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-RECIPE_OPTIONS: dict[str, type[Any]] = {"eplc": EplcOptions, "rectified": RectifiedOptions, "mrnet": MrnetOptions}
+RECIPE_OPTIONS: dict[str, type[Any]] = {
+    "eplc": EplcOptions,
+    "rectified": RectifiedOptions,
+    "mrnet": MrnetOptions,
+    "proda": ProdaOptions,
+}
 """Fields of :class:`AdaptOptions` that hold the options of a recipe, and their types."""
 
 
@@ -77,14 +84,14 @@ class AdaptOptions(DataOptions):
     """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
 
     OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {
-        "hard_pixels": (SegmentationTerm.hard_percentile, PUBLISHED_HARD_PERCENTILE),
-        "rare_weight": (SegmentationTerm.max_value, PUBLISHED_MAX_VALUE),
+        "hard_pixels": (SegmentationTerm.hard_percentile, PUBLISHED_TERM[0]),
+        "rare_weight": (SegmentationTerm.max_value, PUBLISHED_TERM[1]),
         "norm_affine": ("train", "freeze"),
     }
     """What an option that is left open stands for: in our default, and in the published systems."""
 
     recipe: str = "eplc"
-    """Which system adapts: eplc, rectified or mrnet."""
+    """Which system adapts: eplc, rectified, mrnet or proda."""
     steps: int | None = None
     """Total optimiser steps, instead of the preset's; every stage keeps its share."""
     batch: int | None = None
@@ -161,7 +168,9 @@ class AdaptOptions(DataOptions):
     rectified: RectifiedOptions = field(default_factory=RectifiedOptions)
     """Options of the recipe rectified."""
     mrnet: MrnetOptions = field(default_factory=MrnetOptions)
-    """Options of the recipe mrnet, which is also stage I of the others."""
+    """Options of the recipe mrnet, which is also stage I of eplc and rectified."""
+    proda: ProdaOptions = field(default_factory=ProdaOptions)
+    """Options of the recipe proda."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,7 +72,7 @@ class Predictor:
         """Predict one picture, (H, W, 3) uint8 RGB of any size."""
         network, description = self.trained.network, self.trained.description
         height, width = image.shape[:2]
-        batches = [network_input(self._at(image, view)) for view in description.views]
+        batches = [network_input(self._at(image, view), network.config.pixels) for view in description.views]
         views = trunk_views(network, batches, mirror=description.mirrored)
         factor = min(1.0, (MOST_NUMBERS / (len(description.classes) * height * width)) ** 0.5)
         size = max(1, round(height * factor)), max(1, round(width * factor))
@@ -84,6 +84,7 @@ class Predictor:
                 views=len(views),
                 passes=self.passes,
                 channels=network.config.bottleneck_channels,
+                heads=len(network.heads()),
                 rate=self.rate,
                 device=self.device,
             )

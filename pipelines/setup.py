@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actors.errors import RunError
 from actors.evaluator import Scorer
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from actors.showcase import Showcase
 from actors.watcher import Watcher
-from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.build import Build
 from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_benchmark
 from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
@@ -81,6 +81,11 @@ class Setup:
         return SplitReader(self.domains.target, self.cache)
 
     @property
+    def prepare(self) -> Callable[[Tensor], Tensor]:
+        """uint8 N×H×W×3 RGB → network input; picklable."""
+        return partial(network_input, pixels=self.preset.network.pixels)
+
+    @property
     def data(self) -> str:
         """``real`` or ``miniature``, wherever a score stands."""
         return "miniature" if self.options.on_miniature else "real"
@@ -107,12 +112,14 @@ class Setup:
 
     def _scorer_of(self, split: Split, views: tuple[Size, ...], mirrored: bool) -> Callable[[torch.device], Scorer]:
         reader = SplitReader(split, self.cache)
-        return partial(_scorer, self.plan.network, reader, views, mirrored, self.benchmark)
+        return partial(_scorer, self.plan.networks, reader, self.prepare, views, mirrored, self.benchmark)
 
     def make_watcher(self) -> Callable[[torch.device], Watcher]:
         """Builds the watcher of target images; picklable."""
         classes = len(self.benchmark.classes)
-        return partial(_watcher, self.plan.network, self.target_reader, self.preset.score_views[0], classes)
+        return partial(
+            _watcher, self.plan.networks, self.target_reader, self.prepare, self.preset.score_views[0], classes
+        )
 
     def make_showcase(self) -> Callable[[torch.device], Showcase]:
         """Builds the showcase; picklable. It shows images that are scored on, or target images where there are none."""
@@ -120,8 +127,9 @@ class Setup:
         reader = self.target_reader if scored is None else SplitReader(scored, self.cache)
         return partial(
             _showcase,
-            self.plan.network,
+            self.plan.networks,
             reader,
+            self.prepare,
             scored is not None,
             self.preset,
             None if self.options.pseudo_labels is not None else self.makes,
@@ -172,6 +180,9 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         norm_affine=options.norm_affine,
         norm_images=options.norm_images,
         alignment=options.mrnet,
+        published_term=chosen.published_term,
+        reader=SplitReader(domains.target, cache),
+        from_stage=options.from_stage,
         source=_opener(domains.source, options.seed, "source", cache),
         target=_opener(domains.target, options.seed, "target", cache),
         target_labelled=None
@@ -185,10 +196,12 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         if number is not None and number > len(stages):
             flag = f"--{name.replace('_', '-')}"
             raise RunError(f"{flag} is {number}, but recipe {chosen.name} has {len(stages)} stages")
+    own = (stage.network for stage in reversed(stages[: options.from_stage - 1]))
+    network: Callable[[], nn.Module] = next((build for build in own if build is not None), Build(size.network))
     whole = False
     if options.init is not None and to_train:
         with torch.device("meta"):
-            whole = check_initial(options.init, build_network(size.network))
+            whole = check_initial(options.init, network())
     if options.from_stage > 1 and to_train and not whole:
         raise RunError(f"--from-stage {options.from_stage} needs a whole network; {options.init} is a backbone alone")
     if whole and options.references == "always":
@@ -197,11 +210,11 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
             "trained before would make neither of them what it is called; leave it out, or start from a backbone"
         )
     makes = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
-    if options.pseudo_labels is not None:
-        stages = with_given_labels(stages)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
     stages = stages[options.from_stage - 1 : options.to_stage]
+    if options.pseudo_labels is not None:
+        stages = with_given_labels(stages)
     for stage in stages:
         if stage.batch % options.students:
             raise RunError(
@@ -209,7 +222,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
                 f"evenly; use a number of --students that divides {stage.batch}"
             )
     folder = named.folder()
-    plan = _plan(named, size, stages, folder)
+    plan = _plan(named, size, network, stages, folder)
     if options.references == "always" and domains.validation is None:
         raise RunError("--references always trains runs to be scored, and there are no labels to score on")
     references = _references(named, size, ingredients, plan) if wants_references(options) and not whole else {}
@@ -239,16 +252,13 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Pres
     Raises:
         RunError: there is no such preset, or what is asked for leaves too few steps or pixels.
     """
-    size = preset(options.resolved_preset, pair)
-    if size.name == "full" and chosen.full_steps is not None:
-        one, two = size.stages
-        size = replace(size, stages=(one, replace(two, steps=chosen.full_steps)))
+    size = chosen.fitted(preset(options.resolved_preset, pair), pair)
     if options.label_scale is not None:
         size = size.with_label_scale(options.label_scale)
     elif size.name == "full" and options.faithful and pair.shapes.published_labels is not None:
         size = replace(size, label_size=pair.shapes.published_labels)
     if options.steps is not None:
-        size = size.with_steps(options.steps, chosen.schedules)
+        size = size.with_steps(options.steps, chosen.schedules or len(size.stages))
     if options.batch is not None:
         size = size.with_batch(options.batch)
     if options.rate_scale != 1:
@@ -271,9 +281,15 @@ def wants_references(options: AdaptOptions) -> bool:
     return options.references == "always" or (options.references == "auto" and options.on_miniature)
 
 
-def _plan(options: AdaptOptions, size: Preset, stages: tuple[StagePlan, ...], folder: Path) -> RunPlan:
+def _plan(
+    options: AdaptOptions,
+    size: Preset,
+    network: Callable[[], nn.Module],
+    stages: tuple[StagePlan, ...],
+    folder: Path,
+) -> RunPlan:
     return RunPlan(
-        network=partial(build_network, size.network),
+        network=network,
         stages=stages,
         seed=options.seed,
         folder=str(folder),
@@ -294,16 +310,12 @@ def _references(options: AdaptOptions, size: Preset, ingredients: Ingredients, p
         name: _plan(
             options,
             size,
+            Build(size.network),
             reference_stages(ingredients, domain, plan.total_steps),
             Path(plan.folder) / "references" / name,
         )
         for name, domain in domains.items()
     }
-
-
-def build_network(config: DeepLabConfig) -> nn.Module:
-    """A freshly initialised network."""
-    return DeepLab(config)
 
 
 def _opener(split: Split, seed: int, name: str, cache: DecodeCache) -> Callable[[Size, View], Stream]:
@@ -316,17 +328,18 @@ def _opener(split: Split, seed: int, name: str, cache: DecodeCache) -> Callable[
 
 
 def _scorer(
-    network: Callable[[], nn.Module],
+    networks: tuple[Callable[[], nn.Module], ...],
     reader: SplitReader,
+    prepare: Callable[[Tensor], Tensor],
     views: tuple[Size, ...],
     mirrored: bool,
     pair: Benchmark,
     device: torch.device,
 ) -> Scorer:
     return Scorer(
-        network,
+        networks,
         reader,
-        network_input,
+        prepare,
         views,
         mirrored,
         len(pair.classes.names),
@@ -340,21 +353,27 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _watcher(
-    network: Callable[[], nn.Module], reader: SplitReader, view: Size, num_classes: int, device: torch.device
+    networks: tuple[Callable[[], nn.Module], ...],
+    reader: SplitReader,
+    prepare: Callable[[Tensor], Tensor],
+    view: Size,
+    num_classes: int,
+    device: torch.device,
 ) -> Watcher:
-    return Watcher(network, reader, network_input, view, WATCHED_IMAGES, num_classes, device)
+    return Watcher(networks, reader, prepare, view, WATCHED_IMAGES, num_classes, device)
 
 
 def _showcase(
-    network: Callable[[], nn.Module],
+    networks: tuple[Callable[[], nn.Module], ...],
     reader: SplitReader,
+    prepare: Callable[[Tensor], Tensor],
     labelled: bool,
     size: Preset,
     plan: LabelPlan | None,
     seed: int,
     device: torch.device,
 ) -> Showcase:
-    return Showcase(network, reader, labelled, network_input, size.score_views, size.score_mirrored, plan, seed, device)
+    return Showcase(networks, reader, labelled, prepare, size.score_views, size.score_mirrored, plan, seed, device)
 
 
 def _default_name(options: AdaptOptions, pair: Benchmark) -> str:

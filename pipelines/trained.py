@@ -14,7 +14,8 @@ import torch
 
 from actors.errors import RunError
 from actors.labeller import load_weights
-from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.build import Build
+from models.networks.deeplab import DeepLabConfig, Segmenter
 from pipelines.datasets.classes import ClassSet
 from pipelines.results import write_json
 from pipelines.setup import Setup
@@ -29,7 +30,8 @@ class Description:
     """What a network is and how it looks at images."""
 
     classes: ClassSet
-    config: DeepLabConfig
+    configs: tuple[DeepLabConfig, ...]
+    """Of the networks that stages of the run have; the saved weights are of one of them."""
     views: tuple[Size, ...]
     """Image sizes whose probabilities are averaged."""
     mirrored: bool
@@ -43,7 +45,7 @@ class Trained:
     folder: Path
     step: int
     description: Description
-    network: DeepLab
+    network: Segmenter
     """In eval mode, without gradients."""
 
 
@@ -51,7 +53,7 @@ def describe(setup: Setup) -> None:
     """Write what the network of a run is beside the run."""
     description = {
         "classes": dataclasses.asdict(setup.benchmark.classes),
-        "config": dataclasses.asdict(setup.preset.network),
+        "configs": [dataclasses.asdict(build.config) for build in setup.plan.networks if isinstance(build, Build)],
         "views": setup.preset.score_views,
         "mirrored": setup.preset.score_mirrored,
     }
@@ -88,14 +90,14 @@ def read_description(folder: Path) -> Description:
         raise RunError(f"{folder} is no run directory: it has no {FILE}. Give a folder that a run printed.")
     try:
         plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        classes, config = plain["classes"], plain["config"]
+        classes = plain["classes"]
+        configs = plain["configs"] if "configs" in plain else [plain["config"]]  # as runs before ProDA's wrote it
+        if not configs:
+            raise ValueError("no network")
         palette = tuple((int(r), int(g), int(b)) for r, g, b in classes["palette"])
-        lists: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
-        }
         return Description(
             ClassSet(classes["name"], tuple(classes["names"]), palette),
-            DeepLabConfig(**lists),
+            tuple(_config(config) for config in configs),
             tuple((int(width), int(height)) for width, height in plain["views"]),
             bool(plain["mirrored"]),
         )
@@ -117,10 +119,30 @@ def load_trained(folder: str | Path, device: torch.device, weights: Weights = "l
     folder = Path(folder).absolute()
     description = read_description(folder)
     step, arrays = newest_weights(folder, weights)
-    network = DeepLab(description.config)
-    check_fits(network, arrays, folder)
+    network = fitting_network(description, arrays, folder)
     load_weights(network, arrays)
     return Trained(folder, step, description, network.to(device).eval().requires_grad_(False))
+
+
+def _config(plain: dict[str, Any]) -> DeepLabConfig:
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+    return DeepLabConfig(**fields)
+
+
+def fitting_network(
+    description: Description, weights: Mapping[str, np.ndarray | torch.Tensor], folder: Path
+) -> Segmenter:
+    """The one of a run's networks that some weights belong to, freshly initialised.
+
+    Raises:
+        RunError: there is none.
+    """
+    networks = [Build(config)() for config in description.configs]
+    for network in networks[:-1]:
+        if {*network.state_dict()} == {*weights}:
+            networks = [network]
+    check_fits(networks[-1], weights, folder)
+    return networks[-1]
 
 
 def check_fits(network: torch.nn.Module, weights: Mapping[str, np.ndarray | torch.Tensor], folder: Path) -> None:

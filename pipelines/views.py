@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.networks.deeplab import Pixels
 from pipelines.autoaugment import autoaugment
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
@@ -23,22 +24,41 @@ CROP_DRAWS = 10
 LUMA = (0.299, 0.587, 0.114)
 
 
-def network_input(images: Tensor) -> Tensor:
-    """uint8 or float N×H×W×3 RGB, 0–255 → float32 N×3×H×W BGR minus :data:`MEAN_BGR`."""
-    mean = torch.tensor(MEAN_BGR, device=images.device).view(1, 3, 1, 1)
-    return images.permute(0, 3, 1, 2).flip(1).float().contiguous() - mean
+def network_input(images: Tensor, pixels: Pixels = "bgr_mean") -> Tensor:
+    """uint8 or float N×H×W×3 RGB, 0–255 → what a network reads, float32 N×3×H×W (methods §2.4)."""
+    return normalised(images.permute(0, 3, 1, 2).float().contiguous(), pixels)
+
+
+def normalised(images: Tensor, pixels: Pixels) -> Tensor:
+    """Float N×3×H×W RGB, 0–255 → what a network reads: BGR minus :data:`MEAN_BGR`, or RGB 0–1."""
+    if pixels == "rgb_unit":
+        return images / 255
+    return images.flip(1) - torch.tensor(MEAN_BGR, device=images.device).view(1, 3, 1, 1)
+
+
+def rgb(inputs: Tensor, pixels: Pixels) -> Tensor:
+    """The inverse of :func:`normalised`."""
+    if pixels == "rgb_unit":
+        return inputs * 255
+    return (inputs + torch.tensor(MEAN_BGR, device=inputs.device).view(1, 3, 1, 1)).flip(1)
 
 
 @dataclass(frozen=True)
 class Whole:
-    """No augmentation: the image as the stream delivers it."""
+    """No augmentation: the image as the stream delivers it.
+
+    Attributes:
+        pixels: what the network reads.
+    """
+
+    pixels: Pixels = "bgr_mean"
 
     def __call__(
         self, images: Tensor, labels: Sequence[Tensor], positions: np.ndarray
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See :class:`actors.protocols.View`. Labels of another size are sampled to the image's, nearest."""
         height, width = images.shape[1:3]
-        return network_input(images), tuple(_nearest(label, (height, width)) for label in labels)
+        return network_input(images, self.pixels), tuple(_nearest(label, (height, width)) for label in labels)
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,7 @@ class RandomCrop:
             values (255 counts as one); 0 takes the first draw.
         colour: strength of brightness, contrast and saturation jitter; 0 for none.
         autoaugment: MRNet's part of AutoAugment, on the whole image before the crop (Q-MR-1).
+        pixels: what the network reads.
     """
 
     seed: int
@@ -76,6 +97,7 @@ class RandomCrop:
     more_than_values: int = 0
     colour: float = 0.0
     autoaugment: bool = False
+    pixels: Pixels = "bgr_mean"
 
     def __call__(
         self, images: Tensor, labels: Sequence[Tensor], positions: np.ndarray
@@ -100,9 +122,31 @@ class RandomCrop:
         crops = crops.clamp(0, 255)
         if self.colour:
             crops = self._recolour(crops, draws)
-        mean = torch.tensor(MEAN_BGR, device=crops.device).view(1, 3, 1, 1)
         maps = tuple(_gather(label, x * label.shape[-1] / width, y * label.shape[-2] / height) for label in labels)
-        return crops.flip(1) - mean, maps
+        return normalised(crops, self.pixels), maps
+
+    def sample(self, maps: Tensor, positions: np.ndarray, base: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """What maps of whole images show inside the crops, bilinearly, at a grid of points.
+
+        Both the maps' cells and the grid's points reach from the first to the last pixel (corners aligned), of the
+        image and of the crop: where a network puts its cells, and where its logits are enlarged to.
+
+        Args:
+            maps: float N×K×h×w, of the same images.
+            positions: int64 N, as this view was called with; boxes that depend on a label cannot be had again.
+            base: (width, height) of the images that it was called with.
+            grid: points (across, down).
+
+        Returns:
+            N×K×down×across.
+        """
+        assert not self.more_than_values
+        candidates = self._candidates(self._draws(positions), base, maps.device)
+        boxes = self._choose(candidates, None, base)
+        x, y = _positions(boxes, self.crop, grid)
+        x, y = 2 * (x - 0.5) / max(1, base[0] - 1) - 1, 2 * (y - 0.5) / max(1, base[1] - 1) - 1
+        points = torch.stack((_expand(x, y, columns=True), _expand(y, x, columns=False)), dim=-1)
+        return F.grid_sample(maps, points.to(maps.dtype), mode="bilinear", padding_mode="border", align_corners=True)
 
     def _draws(self, positions: np.ndarray) -> np.ndarray:
         """Uniform numbers float32 N×(2 + 2·draws + 3): zoom, flip, corners, colours."""
@@ -190,10 +234,20 @@ def class_mix(
     return mixed, torch.where(mask, source_label, target_label), mask
 
 
-def _positions(boxes: Boxes, crop: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Centres of a crop's columns (N×w) and rows (N×h) in pixels of the base size, mirrored where asked."""
-    columns = torch.arange(crop[0], device=boxes.left.device, dtype=torch.float32) + 0.5
-    rows = torch.arange(crop[1], device=boxes.left.device, dtype=torch.float32) + 0.5
+def _positions(boxes: Boxes, crop: tuple[int, int], grid: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    """Centres of a crop's columns (N×w) and rows (N×h) in pixels of the base size, mirrored where asked.
+
+    With a grid, of so many points between the first and the last.
+    """
+    across, down = crop if grid is None else grid
+    columns = torch.arange(across, device=boxes.left.device, dtype=torch.float32)
+    rows = torch.arange(down, device=boxes.left.device, dtype=torch.float32)
+    if grid is not None:
+        columns, rows = (
+            points * ((pixels - 1) / max(1, count - 1))
+            for points, pixels, count in ((columns, crop[0], across), (rows, crop[1], down))
+        )
+    columns, rows = columns + 0.5, rows + 0.5
     columns = torch.where(boxes.flip[:, None] > 0, crop[0] - columns, columns)
     return boxes.left[:, None] + columns * boxes.zoom[:, None], boxes.top[:, None] + rows * boxes.zoom[:, None]
 

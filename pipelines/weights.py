@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
-from models.networks.deeplab import DeepLab, DeepLabConfig
-from models.networks.layouts import fitting, is_whole_network, load
+from models.networks.deeplab import DeepLabConfig, Segmenter
+from models.networks.layouts import fitting, is_whole_network, load, load_backbone
+from models.networks.proda import PROTOTYPES
 
 Weights = Literal["last", "recommended"]
 FOLDERS: dict[Weights, str] = {"last": "checkpoints", "recommended": "recommended"}
 WRAPPERS = ("state_dict",)
 """Names under which a file may keep its state dict (SimCLR's does)."""
+PRODA, PRODA_STATE, PRODA_PROTOTYPES = "ResNet101", "model_state", "objective_vectors"
+"""Where ProDA's checkpoints keep the network and its prototypes."""
 
 
 def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
@@ -49,7 +52,9 @@ def newest_state(folder: Path, weights: Weights = "last") -> dict[str, Any]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file (``.pth``, ``.pt``, ``.safetensors``), or of the teaching network of a run directory.
+    """A state dict from a file, or of the teaching network of a run directory.
+
+    Files are ``.pth``, ``.pt`` or ``.pkl`` of torch, among them ProDA's checkpoints, and ``.safetensors``.
 
     Raises:
         RunError: there is no such file, or it holds something else; nothing in it is executed.
@@ -66,6 +71,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
         cause = str(error).strip().splitlines()
         raise RunError(f"the weights {path} cannot be read: {cause[0] if cause else type(error).__name__}") from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get(PRODA), Mapping):
+        inner = loaded[PRODA]
+        state = inner.get(PRODA_STATE)
+        loaded = dict(state) if isinstance(state, Mapping) else state
+        if isinstance(loaded, dict) and isinstance(inner.get(PRODA_PROTOTYPES), Tensor):
+            loaded[PROTOTYPES] = inner[PRODA_PROTOTYPES]
     for name in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -91,7 +102,7 @@ def check_initial(path: str, network: nn.Module) -> bool:
     except ValueError as error:
         raise RunError(f"{path}: {error}") from error
     whole = is_whole_network(state)
-    if whole and isinstance(network, DeepLab):
+    if whole and isinstance(network, Segmenter):
         _check_options(Path(path), network.config)
     return whole
 
@@ -122,6 +133,18 @@ def load_initial(path: str, network: nn.Module) -> None:
     """
     try:
         load(network, read_weights(path))
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def load_pretrained_backbone(path: str, network: nn.Module) -> None:
+    """Fill the backbone alone, from a file whose other tensors do not matter (SimCLR); called by every student.
+
+    Raises:
+        RunError: it cannot be read, or holds nothing of this backbone.
+    """
+    try:
+        load_backbone(network, read_weights(path))
     except ValueError as error:
         raise RunError(f"{path}: {error}") from error
 

@@ -82,7 +82,7 @@ class SweepOptions(AdaptOptions):
     @property
     def shares_stage_one(self) -> bool:
         """Whether a first stage is to be trained for all trials; not where the user gives its weights."""
-        several = recipe(self.recipe).schedules > 1
+        several = recipe(self.recipe).schedules != 1
         return self.warm_start == "auto" and several and self.from_stage == 1 and self.to_stage != 1
 
     def run_options(self) -> AdaptOptions:

@@ -1,6 +1,6 @@
-"""The two-head DeepLabV2 of MRNet, at any depth and width, and what a trainer does to one.
+"""The DeepLabV2 family at any depth and width, its two-head member of MRNet, and what a trainer does to one.
 
-Two heads read the backbone: the auxiliary one stage three, the primary one stages four and three
+Heads read the backbone; MRNet's auxiliary one stage three, its primary one stages four and three
 together. Each ends in channel dropout and a 1x1 convolution without bias, and *everything stochastic is
 behind that point*: ``trunk`` computes what lies before it once, ``classify`` may be repeated as often as
 wanted for a thousandth of the price. Logits stay at network resolution; ``upsample`` is a separate step.
@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.networks.backbone import Bottleneck, CaffeResNet, PointwiseConv2d
+from models.networks.backbone import BackboneMaps, Bottleneck, CaffeResNet, PointwiseConv2d
 
 Norm = Literal["gn", "bn", "instance", "layer"]
+Heads = Literal["mrnet", "proda"]
+Pixels = Literal["bgr_mean", "rgb_unit"]
 Duplicates = Literal["published", "once"]
 BufferRule = Literal["average", "copy"]
 NORMS: tuple[Norm, ...] = ("gn", "bn", "instance", "layer")
@@ -28,15 +30,35 @@ AUX_WEIGHT = 0.5
 SE_REDUCTION = 16
 
 
+class Outputs(Protocol):
+    """What a network of the family answers, whatever its heads."""
+
+    def heads(self) -> tuple[tuple[float, Tensor], ...]:
+        """Class scores (N, C, h, w) of every head with its weight in the supervised loss, the primary one first."""
+        ...
+
+    def fused(self) -> Tensor:
+        """The class scores (N, C, h, w) that are scored and that label."""
+        ...
+
+
 class Logits(NamedTuple):
-    """Class scores of both heads, each (N, C, h, w); at network resolution unless upsampled."""
+    """Class scores of MRNet's heads, each (N, C, h, w); at network resolution unless upsampled."""
 
     aux: Tensor
     main: Tensor
 
+    def heads(self) -> tuple[tuple[float, Tensor], ...]:
+        """See :class:`Outputs`: L = L_P + L_A / 2 (methods 3.1)."""
+        return (1.0, self.main), (AUX_WEIGHT, self.aux)
+
+    def fused(self) -> Tensor:
+        """z_F = z_A / 2 + z_P (methods 2.6)."""
+        return AUX_WEIGHT * self.aux + self.main
+
 
 class HeadFeatures(NamedTuple):
-    """The maps that enter the channel dropout of each head, each (N, bottleneck_channels, h, w)."""
+    """The maps that enter the channel dropout of MRNet's heads, each (N, bottleneck_channels, h, w)."""
 
     aux: Tensor
     main: Tensor
@@ -70,6 +92,14 @@ class DeepLabConfig:
     """Rate of the channel dropout before the classifiers in training."""
     dilations: tuple[int, ...] = (6, 12, 18, 24)
     """Dilations of a head's 3x3 branches, in cells of the stride-8 grid."""
+    heads: Heads = "mrnet"
+    """mrnet: two heads, on stage three and on stages four and three. proda: one, on stage four."""
+    extra_norm: bool = False
+    """Whether a batch norm stands between backbone and head (ProDA's, behind a SimCLR backbone)."""
+    conv_std: float | None = None
+    """Every convolution starts from N(0, conv_std^2); None leaves each its own rule."""
+    pixels: Pixels = "bgr_mean"
+    """What the network reads. bgr_mean: BGR 0-255 minus a mean. rgb_unit: RGB 0-1 (methods 2.4)."""
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -80,6 +110,8 @@ class DeepLabConfig:
             raise ValueError(f"norm is {self.norm!r}; choose one of {', '.join(NORMS)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; a rate lies in [0, 1)")
+        if self.extra_norm and self.heads != "proda":
+            raise ValueError("extra_norm belongs to heads='proda'; leave it out")
         for name in ("branch_channels", "bottleneck_channels"):
             channels = getattr(self, name)
             if self.norm == "gn" and channels % self.groups:
@@ -185,26 +217,45 @@ class Head(nn.Module):
         return self.head(self.features(x))
 
 
-class DeepLab(CaffeResNet):
-    """The two-head segmentation network; ``layer5`` is the auxiliary head A, ``layer6`` the primary one P.
+class Segmenter(CaffeResNet):
+    """A backbone with heads that each end in channel dropout and a 1x1 convolution without bias.
 
-    State-dict keys and shapes are those of the published MRNet and EPLC checkpoints.
+    Args:
+        config: of the network; a subclass adds the heads.
     """
 
     def __init__(self, config: DeepLabConfig) -> None:
         super().__init__(config.layers, config.width)
         self.config = config
-        self.layer5 = Head(config.width * 16, config)
-        self.layer6 = Head(config.width * 48, config)
 
-    def trunk(self, images: Tensor) -> HeadFeatures:
+    def heads(self) -> list[Head]:
+        """The heads, in the order of what :meth:`trunk` returns."""
+        raise NotImplementedError
+
+    def head_weights(self) -> tuple[float, ...]:
+        """Share of every head's logits in the fused ones, in the order of :meth:`heads`."""
+        raise NotImplementedError
+
+    def norms(self) -> list[nn.Module]:
+        """Further layers that learn at the heads' rate."""
+        return []
+
+    def head_features(self, maps: BackboneMaps) -> tuple[Tensor, ...]:
+        """What enters the dropout of each head."""
+        raise NotImplementedError
+
+    def classify(self, features: Any) -> Any:
+        """Channel dropout (in training mode) and the classifiers: :class:`Outputs` at network resolution."""
+        raise NotImplementedError
+
+    def trunk(self, images: Tensor) -> tuple[Tensor, ...]:
         """Everything before the dropout.
 
         Args:
             images: float (N, 3, H, W), preprocessed (methods 2.4).
 
         Returns:
-            The two maps that enter the dropout, (N, bottleneck_channels, h, w) at stride 8.
+            The maps that enter the dropouts, (N, bottleneck_channels, h, w) at stride 8, one a head.
 
         Raises:
             ValueError: if the input is not a batch of three-channel images.
@@ -214,7 +265,26 @@ class DeepLab(CaffeResNet):
         if images.device.type == "cpu":
             # oneDNN trains a third faster in this layout, and it carries through the whole network.
             images = images.contiguous(memory_format=torch.channels_last)
-        maps = self.features(images)
+        return self.head_features(self.features(images))
+
+    def forward(self, images: Tensor) -> Any:
+        """:class:`Outputs` at stride 8 for images (N, 3, H, W)."""
+        return self.classify(self.trunk(images))
+
+
+class DeepLab(Segmenter):
+    """MRNet's two-head network; ``layer5`` is the auxiliary head A, ``layer6`` the primary one P.
+
+    State-dict keys and shapes are those of the published MRNet and EPLC checkpoints.
+    """
+
+    def __init__(self, config: DeepLabConfig) -> None:
+        super().__init__(config)
+        self.layer5 = Head(config.width * 16, config)
+        self.layer6 = Head(config.width * 48, config)
+
+    def head_features(self, maps: BackboneMaps) -> HeadFeatures:
+        """See :class:`Segmenter`."""
         aux = self.layer5.features(maps.layer3)
         main = self.layer6.features(torch.cat([maps.layer4, maps.layer3], dim=1))
         return HeadFeatures(aux, main)
@@ -223,18 +293,13 @@ class DeepLab(CaffeResNet):
         """Channel dropout (in training mode) and the classifiers: logits (N, C, h, w) of both heads."""
         return Logits(self.layer5.head(features.aux), self.layer6.head(features.main))
 
-    def forward(self, images: Tensor) -> Logits:
-        """Logits of both heads, (N, C, h, w) at stride 8, for images (N, 3, H, W)."""
-        return self.classify(self.trunk(images))
-
     def heads(self) -> list[Head]:
         """The auxiliary and the primary head."""
         return [self.layer5, self.layer6]
 
-
-def fused(logits: Logits) -> Tensor:
-    """z_F = z_A / 2 + z_P, same shape as each (methods 2.6)."""
-    return AUX_WEIGHT * logits.aux + logits.main
+    def head_weights(self) -> tuple[float, ...]:
+        """Of z_F = z_A / 2 + z_P (methods 2.6)."""
+        return AUX_WEIGHT, 1.0
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -265,7 +330,7 @@ def upsample_logits(logits: Logits, size: tuple[int, int]) -> Logits:
 
 
 def parameter_groups(
-    network: DeepLab,
+    network: Segmenter,
     *,
     lr: float,
     head_multiplier: float = 10.0,
@@ -284,7 +349,7 @@ def parameter_groups(
     Args:
         network: the network whose parameters to group.
         lr: base rate of the backbone.
-        head_multiplier: rate of both heads relative to it.
+        head_multiplier: rate of the heads, and of what learns with them, relative to it.
         duplicates: whether to reproduce the multiplicities.
         train_norm_affine: whether the backbone's batch-norm affine parameters learn.
 
@@ -309,7 +374,7 @@ def parameter_groups(
             shortcuts += projected
             blocks += [parameter for parameter in block.parameters() if id(parameter) not in known]
     stem = [parameter for module in network.stem() for parameter in module.parameters()]
-    heads = [parameter for head in network.heads() for parameter in head.parameters()]
+    heads = [parameter for part in [*network.norms(), *network.heads()] for parameter in part.parameters()]
     published = duplicates == "published"
     table = (
         ("stem", stem, 1.0),

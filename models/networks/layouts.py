@@ -6,9 +6,12 @@ Reading the file is the caller's business. A layout that does not fit ends in on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+
+from models.networks.deeplab import DeepLabConfig
+from models.networks.proda import EXTRA_NORM, PROTOTYPES
 
 PARALLEL_PREFIX = "module."
 SKIPPED_IN_INIT = ("fc", "layer5")
@@ -53,8 +56,22 @@ def _few(names: tuple[str, ...]) -> str:
 
 
 def is_whole_network(state: Mapping[str, Tensor]) -> bool:
-    """Whether a file holds both heads, and not a backbone alone."""
-    return any(key.startswith("layer6.") for key in strip_parallel(state))
+    """Whether a file holds a head with its classifier, and not a backbone alone."""
+    return any(key.startswith("layer5.head.") for key in strip_parallel(state))
+
+
+def described(state: Mapping[str, Tensor], config: DeepLabConfig) -> DeepLabConfig:
+    """A network's description with the heads, classes and extra norm of a file's whole network."""
+    given = strip_parallel(state)
+    classifier = next((value for key, value in given.items() if key.startswith("layer5.head.")), None)
+    if classifier is None:
+        return config
+    return replace(
+        config,
+        num_classes=classifier.shape[0],
+        heads="mrnet" if any(key.startswith("layer6.") for key in given) else "proda",
+        extra_norm=any(key.startswith(f"{EXTRA_NORM}.") for key in given),
+    )
 
 
 def differences(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Differences:
@@ -73,7 +90,7 @@ def differences(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Di
 def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published file under the names of a network, whatever of it they fill.
 
-    A file with both heads must fit the whole network. Any other fills the backbone: a first component that all names
+    A file with heads must fit the whole network; prototypes may be absent. Any other fills the backbone: a first component that all names
     share (``Scale.`` in the DeepLab init) is dropped, classifiers (``fc``, ``layer5``) are skipped, heads keep their
     fresh start, and batch counters may be absent.
 
@@ -82,7 +99,7 @@ def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     """
     own, given = network.state_dict(), strip_parallel(state)
     if is_whole_network(given):
-        found = differences(own, given)
+        found = differences({key: value for key, value in own.items() if key != PROTOTYPES or key in given}, given)
         if found:
             raise ValueError(f"the checkpoint belongs to another network: {found}")
         return given
@@ -109,6 +126,26 @@ def load(network: nn.Module, state: Mapping[str, Tensor]) -> int:
     tensors = fitting(network, state)
     network.load_state_dict(tensors, strict=False)
     return len(tensors)
+
+
+def load_backbone(network: nn.Module, state: Mapping[str, Tensor]) -> int:
+    """Take from a file whatever has the name of a tensor of the backbone, and nothing else (methods 8.5, SimCLR).
+
+    Returns:
+        The number of tensors loaded.
+
+    Raises:
+        ValueError: there is none, or one has another shape; nothing is loaded then.
+    """
+    own, given = network.state_dict(), strip_parallel(state)
+    taken = {key: given[key] for key in own if key in given and key.partition(".")[0] in _BACKBONE}
+    if not taken:
+        raise ValueError(f"none of its {len(given)} tensors ({_few(tuple(given))}) belongs to this backbone")
+    found = differences({key: own[key] for key in taken}, taken)
+    if found:
+        raise ValueError(f"the pretrained file does not fit this backbone: {found}")
+    network.load_state_dict(taken, strict=False)
+    return len(taken)
 
 
 _BACKBONE = frozenset(("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))

@@ -1,8 +1,9 @@
 """The class sets of the benchmarks, their colours, and the protocols that scores are averaged over.
 
-A protocol is a tuple of *train ids of its class set*: the 16- and 13-class figures of SYNTHIA are means
-over some rows of the 19-way confusion matrix, so a prediction of one of the three absent classes counts as
-an error.
+A protocol is a tuple of *train ids of its class set*: with 19 outputs the 16- and 13-class figures of SYNTHIA
+are means over some rows of the 19-way confusion matrix, so a prediction of one of the three absent classes
+counts as an error. ProDA and FADA train 16 outputs instead (methods §2.3): `CITYSCAPES_16` and `CITYSCAPES_13`
+are the protocols as class sets of their own, with contiguous train ids.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ class ClassSet:
     def index(self, name: str) -> int:
         """Train id of the class called `name`."""
         return self.names.index(name)
+
+    def narrowed(self, name: str, kept: tuple[int, ...]) -> ClassSet:
+        """A class set of some of the classes: the one with train id `kept[i]` gets train id `i`."""
+        return ClassSet(name, tuple(self.names[i] for i in kept), tuple(self.palette[i] for i in kept))
 
     def colourise(self, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Paint train ids (…, H, W) in the palette's RGB (…, H, W, 3); ignored pixels become black."""
@@ -88,3 +93,6 @@ PROTOCOLS: dict[str, tuple[int, ...]] = {
     "9": tuple(range(9)),
 }
 """Protocol → train ids whose IoU is averaged ("9" in `ROBOTCAR_9`, the others in `CITYSCAPES_19`)."""
+
+CITYSCAPES_16 = CITYSCAPES_19.narrowed("cityscapes16", PROTOCOLS["16"])
+CITYSCAPES_13 = CITYSCAPES_19.narrowed("cityscapes13", PROTOCOLS["13"])

@@ -71,6 +71,12 @@ class LabelEncoding:
         raw_ids = tuple(sorted(mapping))
         return LabelEncoding(name, channel, raw_ids, tuple(mapping[raw] for raw in raw_ids), complete)
 
+    def narrowed(self, kept: tuple[int, ...]) -> LabelEncoding:
+        """The same files with fewer classes: train id `kept[i]` becomes `i`, every other one is ignored."""
+        new_ids = {train_id: i for i, train_id in enumerate(kept)}
+        # Raw ids whose class is dropped stay listed: they still mean something, and are no surprise to a check.
+        return replace(self, train_ids=tuple(new_ids.get(train_id, IGNORE) for train_id in self.train_ids))
+
     def decode(self, path: str) -> NDArray[np.uint8]:
         """Read the label file at `path` as train ids, (H, W) uint8."""
         return self.meaning_of(self.raw(path))
@@ -168,6 +174,12 @@ class Split:
     def without_labels(self) -> Split:
         """The same images with no way to a label."""
         return replace(self, label_paths=None, label_encoding=None)
+
+    def narrowed(self, kept: tuple[int, ...]) -> Split:
+        """The same files with fewer classes (see `LabelEncoding.narrowed`); itself where there are no labels."""
+        if self.label_encoding is None:
+            return self
+        return replace(self, label_encoding=self.label_encoding.narrowed(kept))
 
     def first(self, count: int) -> Split:
         """The first `count` samples."""

@@ -18,7 +18,7 @@ from actors.errors import RunError, UnreadableImage
 from actors.labeller import Labeller
 from actors.protocols import LabelPlan
 from actors.records import decode
-from models.networks.deeplab import DeepLab
+from models.networks.deeplab import Segmenter
 from models.uncertainty import mean_probabilities, trunk_views
 from pipelines.label_rules import MonteCarloRule
 from pipelines.options import DataOptions, read_config
@@ -83,7 +83,7 @@ def export_labels(
     if layout != "parquet" and LAYOUTS[layout].probability and isinstance(plan.rule, MonteCarloRule):
         several = plan.rule.passes > 1 and plan.rule.dropout > 0  # one pass deviates by nothing and doubts nothing
         plan = replace(plan, rule=replace(plan.rule, negative=several, statistics=several))
-    labeller = Labeller(setup.plan.network, setup.target_reader, {0: plan}, setup.options.seed, device)
+    labeller = Labeller(setup.plan.networks, setup.target_reader, {0: plan}, setup.options.seed, device)
     check_fits(labeller.network, arrays, folder)
     labeller.load(step, arrays)
     done = Exchanged(Path(out).absolute(), step=step)
@@ -146,14 +146,14 @@ def _soft(
     """Path and probabilities, float32 C×h×w, of every image that can be read."""
     height, width = plan.rule.layout.columns[0][1]
     network, preset, target = labeller.network, setup.preset, setup.domains.target
-    assert isinstance(network, DeepLab)
+    assert isinstance(network, Segmenter)
     for index, image_path in enumerate(target.image_paths):
         try:
             images = [setup.target_reader.read(index, view) for view in preset.score_views]
         except UnreadableImage as error:
             done.skipped.append(str(error))
             continue
-        inputs = [network_input(torch.from_numpy(np.array(image))[None].to(device)) for image in images]
+        inputs = [setup.prepare(torch.from_numpy(np.array(image))[None].to(device)) for image in images]
         views = trunk_views(network, inputs, mirror=preset.score_mirrored)
         found = mean_probabilities(network, views, None, (height // 4 + 1, width // 4 + 1))[0]
         done.add(np.zeros((1, 1), np.uint8))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from actors.errors import RunError
-from pipelines.recipes import eplc, mrnet, rectified
+from pipelines.recipes import eplc, mrnet, proda, rectified
 from pipelines.recipes.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (eplc.RECIPE, rectified.RECIPE, mrnet.RECIPE)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (eplc.RECIPE, rectified.RECIPE, mrnet.RECIPE, proda.RECIPE)
+}
 
 
 def recipe(name: str) -> Recipe:

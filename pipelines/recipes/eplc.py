@@ -7,17 +7,19 @@ published behaviour back. Each difference stands in :class:`EplcOptions` or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from actors.errors import RunError
 from actors.protocols import StagePlan
+from pipelines.benchmarks import Benchmark
 from pipelines.label_rules import MonteCarloRule
 from pipelines.recipes.mrnet import alignment_stage
-from pipelines.recipes.recipe import Ingredients, Recipe
+from pipelines.recipes.recipe import Ingredients, Preset, Recipe
 from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stages
 from pipelines.selections import PercentileSelection
 
+FULL_STEPS = 100_000
 FEW_PIXELS = 288
 """A class with fewer pixels in all labels than this part of one label has too few for a percentile."""
 
@@ -101,11 +103,16 @@ def stages(ingredients: Ingredients, options: EplcOptions) -> tuple[StagePlan, .
     return alignment_stage(ingredients), *rounds
 
 
+def fitted(preset: Preset, benchmark: Benchmark) -> Preset:
+    """At full size the published system trains its second stage for 100 000 steps."""
+    one, two = preset.stages
+    return replace(preset, stages=(one, replace(two, steps=FULL_STEPS))) if preset.name == "full" else preset
+
+
 RECIPE = Recipe(
     name="eplc",
     summary="MRNet stage I, then pseudo labels corrected by Monte-Carlo dropout and rectified training (default)",
-    schedules=2,
     stages=stages,
     begins_with=("mrnet",),
-    full_steps=100_000,
+    fitted=fitted,
 )

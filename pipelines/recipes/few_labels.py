@@ -60,7 +60,8 @@ def with_few_labels(stages: tuple[StagePlan, ...], ingredients: Ingredients) -> 
     assert ingredients.few is not None
     term, changed = segmentation_term(ingredients), []
     for index, stage in enumerate(stages):
-        schedule = ingredients.preset.stages[min(index, 1)]  # rounds share the second
+        schedules = ingredients.preset.stages
+        schedule = schedules[min(index, len(schedules) - 1)]  # rounds share the last
         view = training_view(ingredients, schedule)
         stream = ingredients.few(schedule.target_size, replace(view, seed=view.seed + 2))
         changed.append(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from actors.errors import RunError
 from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
 from models.losses import discriminator_loss, generator_loss, memory_regularisation
-from models.networks.deeplab import Logits, fused, upsample_logits
+from models.networks.deeplab import Logits, upsample_logits
 from models.networks.discriminators import MultiScaleDiscriminator
 from models.schedule import poly, set_rate
 from pipelines.choices import check_choices, decided
@@ -106,7 +106,7 @@ class AlignmentObjective:
             "main": (target.main, self.options.adversarial_main),
         }
         # In float32 whatever the network computed in: the discriminators' own step has no autocast.
-        self._real = fused(upsample_logits(_detached(source), size)).float().softmax(1)
+        self._real = upsample_logits(_detached(source), size).fused().float().softmax(1)
         self.discriminators.requires_grad_(False)
         for name, (logits, weight) in heads.items():
             probabilities = logits.softmax(1)

@@ -8,21 +8,21 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.networks.deeplab import DeepLab, parameter_groups
+from models.networks.deeplab import Segmenter, parameter_groups
 from models.schedule import warmup_poly
 from pipelines.recipes.recipe import Preset
 
 
 @dataclass(frozen=True)
 class Sgd:
-    """SGD with Nesterov momentum, heads ×10, residual blocks ×3 and projections ×4 (Q-SH-1).
+    """SGD, heads ×10, residual blocks ×3 and projections ×4 (Q-SH-1).
 
     Attributes:
         train_norm_affine: whether the backbone's batch-norm affine parameters learn (stage II) or not (stage I).
         duplicates: ``published`` multiplies block and projection rates as the published runs did by accident,
             ``once`` does not.
         head_multiplier: rate of the heads relative to the backbone's.
-        momentum, weight_decay: of SGD.
+        momentum, weight_decay, nesterov: of SGD.
     """
 
     train_norm_affine: bool
@@ -30,10 +30,11 @@ class Sgd:
     head_multiplier: float = 10.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    nesterov: bool = True
 
     def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of a network; the student sets every group's rate before each step."""
-        assert isinstance(network, DeepLab)
+        assert isinstance(network, Segmenter)
         groups = parameter_groups(
             network,
             lr=1.0,
@@ -41,7 +42,9 @@ class Sgd:
             duplicates=self.duplicates,
             train_norm_affine=self.train_norm_affine,
         )
-        return torch.optim.SGD(groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True)
+        return torch.optim.SGD(
+            groups, lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
 
 
 def sgd(preset: Preset, *, train_norm_affine: bool) -> Sgd:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from actors.errors import RunError
-from actors.protocols import StagePlan, Stream, View
+from actors.protocols import ImageReader, StagePlan, Stream, View
 from models.networks.deeplab import DeepLabConfig
 from pipelines.benchmarks import Benchmark, common_part
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # it builds on this module
 Size = tuple[int, int]
 PUBLISHED_CROP = (1024, 512)
 """Crop for which the published pixel counts (4 096 pixels make a class large) were chosen."""
+
+PUBLISHED_TERM = (80.0, 7.0)
+"""MRNet's percentile of mining and its weight of rare classes (methods §3.1)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Preset:
         name: ``full``, ``mini`` or ``tiny``.
         network: the segmentation network.
         discriminator_width: channels of the discriminators' first layers.
-        stages: schedules of stage I (alignment) and stage II (self-training).
+        stages: schedules of the stages: of a recipe of its own number of them, or of stage I (alignment) and stage II
+            (self-training), which most share.
         label_size: (width, height) of pseudo labels.
         label_views: image sizes that a teacher looks at, each plain and mirrored.
         score_views: image sizes that are fused when a network is scored.
@@ -74,7 +78,7 @@ class Preset:
     name: str
     network: DeepLabConfig
     discriminator_width: int
-    stages: tuple[StageSchedule, StageSchedule]
+    stages: tuple[StageSchedule, ...]
     label_size: Size
     label_views: tuple[Size, ...]
     score_views: tuple[Size, ...]
@@ -90,7 +94,7 @@ class Preset:
 
     @property
     def total_steps(self) -> int:
-        """Steps of both stages: what the reference runs get, too."""
+        """Steps of all stages: what the reference runs get, too."""
         return sum(stage.steps for stage in self.stages)
 
     def with_steps(self, total: int, stages: int = 2) -> Preset:
@@ -106,29 +110,32 @@ class Preset:
         if total < stages:
             raise RunError(f"--steps {total} leaves no step for one of the {stages} stages; give at least {stages}")
         factor = total / sum(stage.steps for stage in self.stages[:stages])
-        first = max(1, round(self.stages[0].steps * factor))
-        lengths = (first, total - first) if stages == 2 else (total, max(1, round(self.stages[1].steps * factor)))
-
-        def stretched(stage: StageSchedule, steps: int) -> StageSchedule:
-            return replace(
+        before, lengths = 0, list[int]()
+        for number in range(1, len(self.stages) + 1):
+            end = round(sum(stage.steps for stage in self.stages[:number]) * factor)
+            if number <= stages:  # whatever is rounded, every stage has a step and together they have the total
+                end = min(max(end, number), total - (stages - number))
+            lengths.append(max(1, end - before))
+            before += lengths[-1]
+        return self._with_stages(
+            lambda number, stage: replace(
                 stage,
-                steps=steps,
-                horizon=max(steps, round(stage.horizon * factor)),
+                steps=lengths[number],
+                horizon=max(lengths[number], round(stage.horizon * factor)),
                 warmup=round(stage.warmup * factor),
             )
+        )
 
-        one, two = self.stages
-        return replace(self, stages=(stretched(one, lengths[0]), stretched(two, lengths[1])))
+    def _with_stages(self, changed: Callable[[int, StageSchedule], StageSchedule]) -> Preset:
+        return replace(self, stages=tuple(changed(number, stage) for number, stage in enumerate(self.stages)))
 
     def with_batch(self, batch: int) -> Preset:
         """The same preset with batches of another size."""
-        one, two = (replace(stage, batch=batch) for stage in self.stages)
-        return replace(self, stages=(one, two))
+        return self._with_stages(lambda _, stage: replace(stage, batch=batch))
 
     def with_rates(self, factor: float) -> Preset:
         """The same preset with every learning rate of the network multiplied."""
-        one, two = (replace(stage, learning_rate=factor * stage.learning_rate) for stage in self.stages)
-        return replace(self, stages=(one, two))
+        return self._with_stages(lambda _, stage: replace(stage, learning_rate=factor * stage.learning_rate))
 
     def with_label_scale(self, factor: float) -> Preset:
         """The same preset with pseudo labels of another size."""
@@ -141,10 +148,9 @@ class Preset:
             source, target = _scaled(stage.source_size, factor), _scaled(stage.target_size, factor)
             return replace(stage, source_size=source, target_size=target, crop=_scaled(stage.crop, factor))
 
-        one, two = (sized(stage) for stage in self.stages)
         return replace(
             self,
-            stages=(one, two),
+            stages=tuple(sized(stage) for stage in self.stages),
             label_size=_scaled(self.label_size, factor),
             label_views=tuple(_scaled(view, factor) for view in self.label_views),
             score_views=tuple(_scaled(view, factor) for view in self.score_views),
@@ -172,6 +178,9 @@ class Ingredients:
         norm_affine: whether the backbone's batch-norm affine parameters learn in stage I; auto as ``faithful`` says.
         norm_images: images that batch norm sees together in training; None as ``faithful`` says.
         alignment: options of stage I, for the recipes that begin with it; None for their defaults.
+        published_term: percentile of mining and weight of rare classes in the supervised loss of the published system.
+        reader: target images without labels, for what a stage needs to know of all of them when it begins.
+        from_stage: the first stage that is run.
     """
 
     preset: Preset
@@ -190,6 +199,9 @@ class Ingredients:
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
     norm_images: int | None = None
     alignment: MrnetOptions | None = None
+    published_term: tuple[float, float] = PUBLISHED_TERM
+    reader: ImageReader | None = None
+    from_stage: int = 1
 
     def norm_images_of(self, schedule: StageSchedule) -> int | None:
         """Images that batch norm sees together in a stage; None for all of a student's."""
@@ -204,17 +216,19 @@ class Recipe:
         name: what ``--recipe`` takes.
         summary: one line for ``--help``.
         stages: builds the stages from the ingredients and the recipe's own options.
-        schedules: how many of the preset's stage schedules it runs.
+        schedules: how many of the preset's stage schedules it runs; None for all.
         begins_with: recipes whose stages it begins with, and whose options count for them.
-        full_steps: steps of the second at full size, where the published system takes more or fewer than MRNet's.
+        fitted: the preset of a benchmark as this recipe runs it.
+        published_term: percentile of mining and weight of rare classes in the published system's supervised loss.
     """
 
     name: str
     summary: str
-    schedules: int
     stages: Callable[[Ingredients, Any], tuple[StagePlan, ...]]
+    schedules: int | None = None
     begins_with: tuple[str, ...] = ()
-    full_steps: int | None = None
+    fitted: Callable[[Preset, Benchmark], Preset] = lambda preset, benchmark: preset
+    published_term: tuple[float, float] = PUBLISHED_TERM
 
 
 def preset(name: str, benchmark: Benchmark) -> Preset:

@@ -52,7 +52,6 @@ def stages(ingredients: Ingredients, options: RectifiedOptions) -> tuple[StagePl
 RECIPE = Recipe(
     name="rectified",
     summary="MRNet stage I, then its pseudo labels with the rectified loss, or the plain one",
-    schedules=2,
     stages=stages,
     begins_with=("mrnet",),
 )

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
 from models.losses import ClassBalance, segmentation_loss
-from models.networks.deeplab import AUX_WEIGHT, Logits, upsample_logits
+from models.networks.deeplab import Outputs, upsample
 from pipelines.recipes.optimisation import Rate, sgd
 from pipelines.recipes.recipe import PUBLISHED_CROP, Ingredients, StageSchedule
 from pipelines.views import RandomCrop
@@ -45,20 +46,19 @@ class SegmentationTerm:
         ).to(context.device)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, balance: ClassBalance) -> Tensor:
-        """L_P + ½ L_A of a labelled batch; images N×3×h×w, labels int64 N×h×w."""
+        """The weighted sum over the heads, L_P + ½ L_A of two, of a labelled batch; images N×3×h×w, labels int64 N×h×w."""
         return self.of_logits(network(images), labels, balance)
 
-    def of_logits(self, logits: Logits, labels: Tensor, balance: ClassBalance) -> Tensor:
-        """The same for logits at network resolution."""
-        weights = balance(labels)
-        logits = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
-        main = segmentation_loss(logits.main, labels, weights, hard_percentile=self.hard_percentile)
-        aux = segmentation_loss(logits.aux, labels, weights, hard_percentile=self.hard_percentile)
-        return main + AUX_WEIGHT * aux
+    def of_logits(self, outputs: Outputs, labels: Tensor, balance: ClassBalance) -> Tensor:
+        """The same for what the network answered, at its resolution."""
+        weights, size = balance(labels), (labels.shape[-2], labels.shape[-1])
+        losses = [
+            share * segmentation_loss(upsample(logits, size), labels, weights, hard_percentile=self.hard_percentile)
+            for share, logits in outputs.heads()
+        ]
+        return torch.stack(losses).sum()
 
 
-PUBLISHED_HARD_PERCENTILE = 80.0
-PUBLISHED_MAX_VALUE = 7.0
 PUBLISHED_SMALL_PIXELS = 4096
 
 
@@ -73,7 +73,8 @@ def segmentation_term(ingredients: Ingredients) -> SegmentationTerm:
     small = max(1, round(PUBLISHED_SMALL_PIXELS * share))
     term = SegmentationTerm(ingredients.num_classes, small_class_pixels=small)
     if ingredients.faithful:
-        term = replace(term, hard_percentile=PUBLISHED_HARD_PERCENTILE, max_value=PUBLISHED_MAX_VALUE)
+        hard, rare = ingredients.published_term
+        term = replace(term, hard_percentile=hard, max_value=rare)
     if ingredients.hard_pixels is not None:
         term = replace(term, hard_percentile=ingredients.hard_pixels)
     if ingredients.rare_weight is not None:
@@ -126,7 +127,7 @@ def reference_stages(ingredients: Ingredients, domain: str, total: int) -> tuple
         domain: ``source``, or ``target`` for the oracle, which alone may see target labels.
         total: steps of the adapted run.
     """
-    schedule, last = ingredients.preset.stages
+    schedule, last = ingredients.preset.stages[0], ingredients.preset.stages[-1]
     view = training_view(ingredients, schedule)
     if domain == "source":
         streams = {"source": ingredients.source(schedule.source_size, view)}

@@ -292,13 +292,13 @@ def test_an_extra_column_is_that_of_the_label_which_was_read_and_zeros_where_the
     bank = Bank()
     view = view_of(bank)
     view.plan = replace(view.plan, extra_column="confidence")
-    assert not view.extra(0, 5).any()
+    assert not view.column("confidence", 0, 5).any()
     bank.make(0, 3, value=1, deliver=True, confidence=77)
     polled(view, 5)
     view.get(1, 5)
-    assert (view.extra(1, 5) == 77).all()
-    assert view.extra(2, 5).shape == view.extra(1, 5).shape == SHAPE
-    assert not view.extra(2, 5).any()
+    assert (view.column("confidence", 1, 5) == 77).all()
+    assert view.column("confidence", 2, 5).shape == view.column("confidence", 1, 5).shape == SHAPE
+    assert not view.column("confidence", 2, 5).any()
 
 
 def test_a_label_that_is_too_old_takes_its_extra_column_along():
@@ -307,5 +307,5 @@ def test_a_label_that_is_too_old_takes_its_extra_column_along():
     view.plan = replace(view.plan, extra_column="confidence")
     bank.make(0, 3, value=1, deliver=True)
     polled(view, 5)
-    assert view.extra(0, 13).any()
-    assert not view.extra(0, 14).any()
+    assert view.column("confidence", 0, 13).any()
+    assert not view.column("confidence", 0, 14).any()

@@ -373,7 +373,7 @@ def test_an_extra_column_takes_part_in_the_views_geometry(tmp_path):
             return seen.flip(-1), tuple(label.flip(-1) for label in labels)
 
     class WithExtra(FakeView):
-        def extra(self, index, step):
+        def column(self, name, index, step):
             return np.stack([self.get(index, step)[0]] * 3) + np.arange(3, dtype=np.uint8)[:, None, None]
 
     seen = []

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures, fused, upsample
+from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures, upsample
 from models.uncertainty import (
-    HeadMasks,
     UncertaintyRule,
     View,
     draw_masks,
@@ -28,15 +27,15 @@ def generators(images, seed=0):
 def full_passes(network, batches, masks, size):
     """q_t for every pass, (T, N, C, H, W): the whole network once per pass and view."""
     volumes = []
-    for t in range(masks[0].main.shape[0]):
+    for t in range(masks[0][1].shape[0]):
         total = 0
         views = [(images, mirrored) for images in batches for mirrored in (False, True)]
         for (images, mirrored), mask in zip(views, masks, strict=True):
             features = network.trunk(images.flip(-1) if mirrored else images)
             dropped = HeadFeatures(
-                features.aux * mask.aux[t, :, :, None, None], features.main * mask.main[t, :, :, None, None]
+                features.aux * mask[0][t, :, :, None, None], features.main * mask[1][t, :, :, None, None]
             )
-            q = upsample(fused(network.classify(dropped)).softmax(dim=1), size)
+            q = upsample(network.classify(dropped).fused().softmax(dim=1), size)
             total = total + (q.flip(-1) if mirrored else q)
         volumes.append(total / len(views))
     return torch.stack(volumes)
@@ -134,7 +133,7 @@ def label_of(passes, rule, views=4):
     main[:, 0, :classes] = passes.log()
     ones = torch.ones(1, 8, 1, 1)
     view = View(HeadFeatures(ones, ones))
-    masks = HeadMasks(torch.zeros_like(main), main)
+    masks = (torch.zeros_like(main), main)
     found = monte_carlo_labels(network, [view] * views, [masks] * views, (1, 1), rule)
     return found.label.item(), found
 
@@ -186,8 +185,8 @@ def test_one_pass_without_dropout_is_the_plain_multi_view_prediction(small):
     torch.manual_seed(1)
     images = torch.randn(2, 3, 48, 96)
     with torch.no_grad():
-        plain = upsample(fused(small(images)).softmax(dim=1), SIZE)
-        mirrored = upsample(fused(small(images.flip(-1))).softmax(dim=1), SIZE).flip(-1)
+        plain = upsample(small(images).fused().softmax(dim=1), SIZE)
+        mirrored = upsample(small(images.flip(-1)).fused().softmax(dim=1), SIZE).flip(-1)
     ours = mean_probabilities(small, trunk_views(small, [images]), None, SIZE)
     torch.testing.assert_close(ours, (plain + mirrored) / 2, atol=1e-6, rtol=0)
     off = draw_masks(generators(2), views=2, passes=1, channels=64, rate=0.0)
@@ -213,19 +212,19 @@ def test_an_image_gets_the_same_labels_alone_and_in_a_batch(small):
 def test_masks_drop_the_rate_and_keep_the_expectation():
     masks = draw_masks(generators(2), views=4, passes=10, channels=512, rate=0.1)
     assert len(masks) == 4
-    assert masks[0].aux.shape == masks[0].main.shape == (10, 2, 512)
-    values = torch.stack([torch.stack([mask.aux, mask.main]) for mask in masks])
+    assert masks[0][0].shape == masks[0][1].shape == (10, 2, 512)
+    values = torch.stack([torch.stack(mask) for mask in masks])
     assert values.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
     assert values.mean().item() == pytest.approx(1.0, abs=0.01)
-    assert not torch.equal(masks[0].main, masks[1].main)
-    assert not torch.equal(masks[0].main[0], masks[0].main[1])
-    assert not torch.equal(masks[0].main[:, 0], masks[0].main[:, 1])
-    assert not torch.equal(masks[0].aux, masks[0].main)
+    assert not torch.equal(masks[0][1], masks[1][1])
+    assert not torch.equal(masks[0][1][0], masks[0][1][1])
+    assert not torch.equal(masks[0][1][:, 0], masks[0][1][:, 1])
+    assert not torch.equal(masks[0][0], masks[0][1])
 
 
 def test_the_same_generator_draws_the_same_masks():
     first, second = (draw_masks(generators(1, seed=5), views=2, passes=3, channels=8) for _ in range(2))
-    assert torch.equal(first[1].main, second[1].main)
+    assert torch.equal(first[1][1], second[1][1])
 
 
 def test_confidences_quantise_like_the_selection_rules():
@@ -261,7 +260,7 @@ def test_masks_that_do_not_fit_are_refused(small):
     with pytest.raises(ValueError, match="one mask per view"):
         monte_carlo_labels(small, views, [], SIZE, UncertaintyRule())
     wrong = draw_masks(generators(1), views=2, passes=2, channels=64)
-    with pytest.raises(ValueError, match="a mask has shape"):
+    with pytest.raises(ValueError, match="2 passes over 2 images"):
         monte_carlo_labels(small, views, wrong, SIZE, UncertaintyRule())
     with pytest.raises(ValueError, match="rate"):
         draw_masks(generators(1), views=1, passes=1, channels=8, rate=1.0)
@@ -283,9 +282,9 @@ def test_negative_classes_are_those_that_every_pass_finds_impossible(small, temp
         for (images, mirrored), mask in zip(seen, masks, strict=True):
             features = small.trunk(images.flip(-1) if mirrored else images)
             dropped = HeadFeatures(
-                features.aux * mask.aux[t, :, :, None, None], features.main * mask.main[t, :, :, None, None]
+                features.aux * mask[0][t, :, :, None, None], features.main * mask[1][t, :, :, None, None]
             )
-            p = upsample((fused(small.classify(dropped)) / temperature).softmax(dim=1), SIZE)
+            p = upsample((small.classify(dropped).fused() / temperature).softmax(dim=1), SIZE)
             q = q + (p.flip(-1) if mirrored else p) / len(seen)
         passes.append(q.double())
     volumes = torch.stack(passes)

@@ -115,7 +115,7 @@ def watched(tmp_path, monkeypatch, started):
     """A run of two teachers without a cluster, and what it tells."""
     monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
     setup = SimpleNamespace(
-        plan=SimpleNamespace(folder=str(tmp_path), total_steps=10, evaluate_every=0, network=None, seed=0),
+        plan=SimpleNamespace(folder=str(tmp_path), total_steps=10, evaluate_every=0, networks=(), seed=0),
         options=SimpleNamespace(teachers=2, threads=1),
         labels={},
         make_scorer=lambda: None,

@@ -1,10 +1,12 @@
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.benchmarks import BENCHMARKS, benchmark, own_benchmark
 from pipelines.datasets import DataError
+from pipelines.datasets.classes import CITYSCAPES_13, CITYSCAPES_16
 from pipelines.datasets.miniature import write_miniature
 from tests.own_data import write_own_data
 
@@ -247,3 +249,75 @@ def test_source_images_that_are_held_out_are_spread_and_learned_from_no_more(roo
     assert len(given.source) == images - 3
     with pytest.raises(DataError, match=f"of {images} source images cannot be held out: .* at most {images // 2}"):
         domains.with_held_out(images // 2 + 1)
+
+
+@pytest.mark.parametrize("name", ["synthia2city", "gta2city"])
+def test_16_and_13_classes_have_protocols_in_their_own_ids(name):
+    sixteen, thirteen = benchmark(name).narrowed(16), benchmark(name).narrowed(13)
+    assert (sixteen.name, sixteen.classes, sixteen.primary_protocol) == (name, CITYSCAPES_16, "16")
+    assert sixteen.protocols == {"16": tuple(range(16)), "13": (0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}
+    assert (thirteen.name, thirteen.classes) == (name, CITYSCAPES_13)
+    assert thirteen.protocols == {"13": tuple(range(13))}
+    assert sixteen.shapes == benchmark(name).shapes
+
+
+def test_a_description_counts_the_classes_that_are_left():
+    assert benchmark("gta2city").narrowed(16).description == "GTA5 to Cityscapes, 16 classes"
+    assert benchmark("synthia2city").narrowed(13).description == "SYNTHIA-RAND-CITYSCAPES to Cityscapes, 13 classes"
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_as_many_classes_as_there_are_change_nothing(name):
+    pair = benchmark(name)
+    assert pair.narrowed(len(pair.classes)) is pair
+
+
+def test_one_s_own_benchmark_has_its_own_classes_only(tmp_path):
+    pair, _ = own_benchmark(*write_own_data(tmp_path, classes=3))
+    assert pair.narrowed(3) is pair
+    with pytest.raises(DataError, match=r"source2target cannot have 2 classes: .* Ask for 3\."):
+        pair.narrowed(2)
+
+
+@pytest.mark.parametrize("count", [0, 9, 18, 20])
+def test_a_count_without_known_ids_lists_those_with(count):
+    with pytest.raises(DataError, match=f"synthia2city cannot have {count} classes: .* Ask for 19 or 16 or 13"):
+        benchmark("synthia2city").narrowed(count)
+
+
+@pytest.mark.parametrize("count", [19, 16, 13])
+def test_robotcar_has_its_nine_classes_only(count):
+    with pytest.raises(DataError, match=rf"city2robot cannot have {count} classes: .* Ask for 9\."):
+        benchmark("city2robot").narrowed(count)
+
+
+def classes_in(split):
+    return set().union(*(np.unique(split.label(i)).tolist() for i in range(len(split))))
+
+
+@pytest.mark.parametrize(("name", "count"), [("synthia2city", 16), ("synthia2city", 13), ("gta2city", 16)])
+def test_a_miniature_with_fewer_classes_has_labels_of_just_those(folder, name, count):
+    domains = benchmark(name).narrowed(count).miniature("tiny", folder)
+    for split in (domains.source, domains.target_labelled, domains.validation):
+        assert classes_in(split) - {255} == set(range(count)), split.name
+    assert not domains.target.labelled
+
+
+def test_a_data_root_with_fewer_classes_has_the_same_files_and_loses_no_pixel_of_a_class_that_is_left(root):
+    whole, part = benchmark("synthia2city").open(root), benchmark("synthia2city").narrowed(16).open(root)
+    assert part.target == whole.target
+    assert part.validation.label_paths == whole.validation.label_paths
+    for before, after in zip(map(whole.validation.label, range(4)), map(part.validation.label, range(4)), strict=True):
+        for old, new in ((8, 8), (10, 9), (13, 12), (15, 13), (18, 15)):
+            np.testing.assert_array_equal(after == new, before == old)
+        assert (after[np.isin(before, (9, 14, 16, 255))] == 255).all()
+
+
+def test_every_labelled_part_of_the_domains_is_narrowed(root, tmp_path):
+    whole = benchmark("synthia2city").open(root)
+    lines = listed(tmp_path, *whole.target.image_ids[:2])
+    part = whole.with_held_out(2).with_target_labels(lines).narrowed(benchmark("synthia2city").narrowed(13).kept)
+    for split in (part.source, part.held_out, part.target_labelled, part.few, part.validation):
+        assert classes_in(split) <= {*range(13), 255}, split.name
+        assert 12 in split.label_encoding.train_ids
+    assert (len(part.held_out), len(part.few)) == (2, 2)

@@ -7,6 +7,7 @@ import torch
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from actors.evaluator import Recommended
+from models.networks.build import Build
 from pipelines.options import AdaptOptions
 from pipelines.setup import resolve
 from pipelines.trained import describe, load_trained, newest_run, read_description
@@ -34,7 +35,7 @@ def test_a_network_is_used_without_the_data_it_was_trained_on(tmp_path):
     trained = load_trained(setup.plan.folder, CPU)
     assert trained.step == 3
     assert trained.description.classes == setup.benchmark.classes
-    assert trained.description.config == setup.preset.network
+    assert trained.description.configs == (setup.preset.network,)
     assert trained.description.views == setup.preset.score_views
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(trained.network.state_dict()[name], tensor)
@@ -51,7 +52,9 @@ def test_the_run_that_saved_last_is_the_newest(tmp_path):
     assert second.options.folder().is_dir()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"classes": 1, "config": 2}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"classes": 1, "config": 2}', '{"classes": 1, "configs": []}', "\x00"]
+)
 def test_a_damaged_description_is_refused(tmp_path, text):
     setup, _ = finished_run(tmp_path)
     path = setup.options.folder() / "network.json"
@@ -63,7 +66,7 @@ def test_a_damaged_description_is_refused(tmp_path, text):
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     setup, _ = finished_run(tmp_path)
     other = dataclasses.replace(setup.preset.network, width=8)
-    describe(dataclasses.replace(setup, preset=dataclasses.replace(setup.preset, network=other)))
+    describe(dataclasses.replace(setup, plan=dataclasses.replace(setup.plan, network=Build(other))))
     with pytest.raises(RunError, match="of another network"):
         load_trained(setup.plan.folder, CPU)
 

@@ -15,7 +15,6 @@ from models.networks.deeplab import (
     Logits,
     adapt_batch_norm,
     ema_update,
-    fused,
     norm_statistics,
     parameter_groups,
     upsample,
@@ -183,7 +182,7 @@ def test_the_small_member_keeps_its_dilations_inside_its_grid():
 
 def test_fused_is_half_the_auxiliary_plus_the_primary():
     logits = Logits(torch.full((1, 2, 1, 1), 4.0), torch.full((1, 2, 1, 1), 1.0))
-    assert fused(logits).unique().tolist() == [3.0]
+    assert logits.fused().unique().tolist() == [3.0]
 
 
 def test_upsampling_keeps_the_corners():

@@ -1,6 +1,7 @@
 import numpy as np
 
 from pipelines.datasets import CITYSCAPES_19, IGNORE, PROTOCOLS, ROBOTCAR_9
+from pipelines.datasets.classes import CITYSCAPES_13, CITYSCAPES_16
 
 
 def names(protocol):
@@ -27,6 +28,23 @@ def test_colours_are_the_papers():
     assert CITYSCAPES_19.palette[CITYSCAPES_19.index("sky")] == (70, 130, 180)
     assert CITYSCAPES_19.palette[CITYSCAPES_19.index("train")] == (0, 80, 100)
     assert ROBOTCAR_9.palette[ROBOTCAR_9.index("automobile")] == (0, 0, 142)
+
+
+def test_16_and_13_classes_are_numbered_without_gaps_as_in_proda_and_fada():
+    assert CITYSCAPES_16.names == (
+        *("road", "sidewalk", "building", "wall", "fence", "pole", "light", "sign", "vegetation", "sky", "person"),
+        *("rider", "car", "bus", "motorcycle", "bicycle"),
+    )
+    assert CITYSCAPES_13.names == (
+        *("road", "sidewalk", "building", "light", "sign", "vegetation", "sky", "person", "rider", "car", "bus"),
+        *("motorcycle", "bicycle"),
+    )
+
+
+def test_16_and_13_classes_keep_their_colours():
+    for classes, sky, bicycle in ((CITYSCAPES_16, 9, 15), (CITYSCAPES_13, 6, 12)):
+        assert classes.palette[sky] == (70, 130, 180)
+        assert classes.palette[bicycle] == (119, 11, 32)
 
 
 def test_ignored_pixels_are_painted_black():

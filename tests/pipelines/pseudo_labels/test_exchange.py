@@ -11,7 +11,7 @@ from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from actors.labeller import Labeller, label_seed
 from actors.records import decode
-from models.uncertainty import HeadMasks, draw_masks, mean_probabilities, negative_labels, trunk_views
+from models.uncertainty import draw_masks, mean_probabilities, negative_labels, trunk_views
 from pipelines.options import DataOptions, write_config
 from pipelines.pictures import shrunk
 from pipelines.pseudo_labels.exchange import export_labels, import_labels
@@ -121,7 +121,7 @@ def test_one_pass_says_nothing_of_deviation(run, tmp_path):
 
 
 def only(masks, t):
-    return [HeadMasks(mask.aux[t : t + 1], mask.main[t : t + 1]) for mask in masks]
+    return [tuple(factors[t : t + 1] for factors in mask) for mask in masks]
 
 
 def test_soft_labels_are_the_networks_own_probabilities(run, tmp_path):

@@ -2,8 +2,9 @@
 
 All are means over the cells of the network's own grid. With p the softmax of the fused logits of a cell:
 entropy −Σ p ln p / ln C; diversity, the same of the mean of p over all cells; disagreement, the share of cells in which
-the two heads name different classes, of a network that has two; agreement, consistency and stability, the shares in which the student, the same
-network on the mirrored image, or the weights looked at before, name the same class as the teaching network.
+the two heads of a network that has two name different classes; agreement, consistency and stability, the shares in
+which the student, the same network on the mirrored image, or the weights looked at before, name the same class as the
+teaching network.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ from pipelines.choices import check_choices
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
 from pipelines.recipes.proda import ProdaOptions
+from pipelines.recipes.recipe import PUBLISHED_TERM
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.recipes.self_training import SelfTrainingOptions
-from pipelines.recipes.recipe import PUBLISHED_TERM
 from pipelines.recipes.supervised import SegmentationTerm
 
 if sys.version_info >= (3, 11):

@@ -90,9 +90,9 @@ def differences(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Di
 def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published file under the names of a network, whatever of it they fill.
 
-    A file with heads must fit the whole network; prototypes may be absent. Any other fills the backbone: a first component that all names
-    share (``Scale.`` in the DeepLab init) is dropped, classifiers (``fc``, ``layer5``) are skipped, heads keep their
-    fresh start, and batch counters may be absent.
+    A file with heads must fit the whole network; prototypes may be absent. Any other fills the backbone: a first
+    component that all names share (``Scale.`` in the DeepLab init) is dropped, classifiers (``fc``, ``layer5``) are
+    skipped, heads keep their fresh start, and batch counters may be absent.
 
     Raises:
         ValueError: it does not fit; names what is missing, unexpected or of another shape.

@@ -1,4 +1,4 @@
-"""ProDA's one-head DeepLabV2 (methods 2.5): a head on stage four, whose dropped-out map is the feature of prototypes."""
+"""ProDA's one-head DeepLabV2 (methods 2.5): a head on stage four, whose map after dropout has prototypes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,6 @@ from pipelines.pseudo_labels.layouts import LAYOUTS, FileLayout, FolderLayout, L
 from pipelines.pseudo_labels.table import PseudoLabel, open_table
 from pipelines.setup import Setup, choose_pair, resolve
 from pipelines.trained import check_fits, check_same_classes
-from pipelines.views import network_input
 from pipelines.weights import Weights, newest_weights
 
 Progress = Callable[[int, int], None]

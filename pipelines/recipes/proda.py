@@ -3,7 +3,7 @@
 Four stages: warm-up (§5.0), denoising (§5.1 and §5.2, the paper's stage 1) and two of distillation (§5.3, its stages 2
 and 3). Target losses are computed on a grid of points, every fourth pixel of the crop as published (``U4``); the first
 and the last point are the crop's first and last pixel (corners aligned). The default differs from the published system
-where that presumes pretrained weights, or would make the student wait; ``faithful`` brings the published behaviour back.
+where that presumes pretrained weights or takes time from the student; ``faithful`` brings the published behaviour back.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class ProdaOptions:
     """SimCLR backbone with which the first distillation begins, under a fresh head and an extra batch norm. Without
     one it goes on from the network of the stage before."""
     extra_norm: Literal["auto", "on", "off"] = "auto"
-    """Whether networks of the distillation stages have a batch norm between backbone and head. auto: with --proda.simclr.
+    """Whether the networks of distillation have a batch norm between backbone and head. auto: with --proda.simclr.
     on, without it: for weights in --init that have one."""
     sure: float = 0.95
     """Confidence that a hard label of a distillation stage must reach."""
@@ -374,7 +374,7 @@ class DenoisingObjective:
         return labels.masked_fill(given == IGNORE, IGNORE), assignments
 
     def _class_means(self, found: ProdaOutputs) -> tuple[Tensor, Tensor]:
-        """v of every image and class, on the quarter of the whole image."""
+        """V of every image and class, on the quarter of the whole image."""
         width, height = self.views.base
         step = (self.views.weak.crop[0] - 1) / max(1, self.views.points[0] - 1)
         size = round(height / step), round(width / step)

@@ -46,7 +46,7 @@ class SegmentationTerm:
         ).to(context.device)
 
     def __call__(self, network: nn.Module, images: Tensor, labels: Tensor, balance: ClassBalance) -> Tensor:
-        """The weighted sum over the heads, L_P + ½ L_A of two, of a labelled batch; images N×3×h×w, labels int64 N×h×w."""
+        """Sum over the heads, L_P + ½ L_A of two, of a labelled batch; images N×3×h×w, labels int64 N×h×w."""
         return self.of_logits(network(images), labels, balance)
 
     def of_logits(self, outputs: Outputs, labels: Tensor, balance: ClassBalance) -> Tensor:

@@ -46,7 +46,7 @@ HELP = {
     "evaluate RUN": "score its newest checkpoint again, or a file of weights, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
     "report RUN": "write its report.html again, from the files in its directory",
-    "export RUN": "its weights as the file that MRNet's and EPLC's code reads",
+    "export RUN": "its weights as the file that the code of MRNet and EPLC, or of ProDA reads",
     "labels export RUN": "pseudo labels of a run as Parquet or in another system's folders",
     "labels import DIR": "the folder of another system as a file for --pseudo-labels",
     "data sample DIR": "two folders of rendered pictures to try all this on",
@@ -81,7 +81,9 @@ class EvaluateOptions:
     """
 
     run: Annotated[str, tyro.conf.Positional]
-    """Run directory; or a whole network in a published layout, such as MRNet's GTA5_25000.pth."""
+    """Run directory; or a whole network in a published layout: MRNet's or EPLC's GTA5_25000.pth, ProDA's
+    from_gta5_to_cityscapes_on_deeplabv2_best_model.pkl. Which system's it is, and of how many classes, is seen in the
+    file; it is scored as that system scores."""
     validation: str | None = None
     """TOML file of labelled target images to score on, of a run on images of your own. Default: those of the run."""
     benchmark: str | None = None
@@ -143,9 +145,12 @@ class ExportOptions:
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
     out: str
-    """Folder for the file, and for the opts.yaml that their code reads beside it."""
-    layout: Literal["mrnet"] = "mrnet"
-    """mrnet: a flat state dict, GTA5_<step>.pth, as MRNet's and EPLC's."""
+    """Folder for the file, and for what goes with it."""
+    layout: Literal["auto", "mrnet", "proda"] = "auto"
+    """mrnet: a flat state dict, GTA5_<step>.pth, as MRNet's and EPLC's, the opts.yaml that their code reads beside it,
+    and the discriminators of a checkpoint of stage I. proda:
+    from_<source>_to_<target>_on_deeplabv2_<step>_model.pkl, with the discriminator of a warm-up in it, and
+    prototypes_on_<target>_from_deeplabv2. auto: that of the run's own system."""
     weights: Literal["last", "recommended"] = "last"
     """last: of the newest checkpoint. recommended: of the step that looked best without labels."""
 
@@ -205,7 +210,7 @@ class PrepareOptions(DataOptions):
     """Decode every file that a run reads, at every size it reads it at. A run does so itself on first use."""
 
     recipe: str = "eplc"
-    """Recipe of the run: eplc, rectified or mrnet."""
+    """Recipe of the run: eplc, rectified, mrnet or proda."""
     scale: float = 1.0
     """Scale of the run."""
 
@@ -466,15 +471,15 @@ def _report(options: ReportOptions, console: Console) -> int:
 
 
 def _export(options: ExportOptions, console: Console) -> int:
-    from pipelines.export import EXPORTERS
+    from pipelines.export import export
 
-    done = EXPORTERS[options.layout](options.run, options.out, options.weights)
+    done = export(options.run, options.out, options.layout, options.weights)
+    beside = f"; beside it {', '.join(path.name for path in done.beside)}" if done.beside else ""
     console.print(
-        f"{done.parameters:,} parameters of step {done.step} are in {done.weights}, their options in {done.options}",
+        f"{done.parameters:,} parameters of step {done.step} are in {done.weights}{beside}",
         highlight=False,
+        markup=False,
     )
-    if done.discriminators:
-        console.print(f"discriminators: {', '.join(map(str, done.discriminators))}", highlight=False)
     return 0
 
 

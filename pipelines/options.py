@@ -41,6 +41,10 @@ class DataOptions:
 
     benchmark: str = "synthia2city"
     """Which pair of domains: gta2city, synthia2city or city2robot."""
+    classes: int | None = None
+    """Outputs of the network on the street benchmarks, gta2city and synthia2city: 19, or 16 or 13 as ProDA and FADA
+    train on SYNTHIA; what the others would be is ignored, in labels to learn from and in those to score on. Default:
+    the benchmark's own."""
     source: str | None = None
     """TOML file of a labelled source domain of your own, instead of a benchmark."""
     target: str | None = None
@@ -61,6 +65,11 @@ class DataOptions:
         if (self.source is None) != (self.target is None):
             given, missing = ("source", "target") if self.target is None else ("target", "source")
             raise RunError(f"--{given} is given without --{missing}; a benchmark of your own needs both")
+        if self.classes is not None and self.source is not None:
+            raise RunError(
+                f"--classes {self.classes} belongs to the published benchmarks; images of your own have the classes of "
+                "their TOML files, so leave it out"
+            )
         if self.source is not None and self.data_root is not None:
             raise RunError("--data-root belongs to the published benchmarks; leave it out, or --source and --target")
         if self.validation is not None and self.target is None:

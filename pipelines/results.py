@@ -121,6 +121,7 @@ def protocol(setup: Setup) -> dict[str, Any]:
     mirrored = [False, True] if setup.preset.score_mirrored else [False]
     return {
         "classes": len(setup.benchmark.protocols[setup.benchmark.primary_protocol]),
+        "outputs": len(setup.benchmark.classes),
         "label_size": None if split is None else list(split.label(0).shape[::-1]),
         "network": "ema" if setup.plan.stages[-1].ema_decay is not None else "student",
         "views": [[*view, flip] for view in setup.preset.score_views for flip in mirrored],
@@ -128,12 +129,18 @@ def protocol(setup: Setup) -> dict[str, Any]:
 
 
 def protocol_sentence(protocol: dict[str, Any]) -> str:
-    """What was scored, for people; :func:`protocol` has the parts."""
+    """What was scored, for people; :func:`protocol` has the parts.
+
+    Means over 16 classes of 16 outputs and of 19 are different scores (methods §2.3). Results of earlier versions do not
+    say which they are.
+    """
     label = "×".join(map(str, protocol["label_size"]))
     views = ", ".join(f"{w}×{h}{' mirrored' if m else ''}" for w, h, m in protocol["views"])
     of_run = protocol["network"] in ("ema", "student")
     what = f"adapted = {protocol['network']} network at the last step" if of_run else f"weights {protocol['network']}"
-    return f"{protocol['classes']} classes; {what}; views {views}; labels {label}"
+    outputs = protocol.get("outputs")
+    classes = f"{protocol['classes']} classes" + (f" of {outputs} outputs" if outputs else "")
+    return f"{classes}; {what}; views {views}; labels {label}"
 
 
 def score_lines(results: dict[str, Any]) -> list[str]:

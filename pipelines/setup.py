@@ -230,11 +230,17 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
 
 
 def choose_pair(options: DataOptions) -> tuple[Benchmark, Callable[[], Domains]]:
-    """What is adapted to what, and what opens (or renders) it; a wrong option should not cost a rendering."""
+    """What is adapted to what, and what opens (or renders) it; a wrong option should not cost a rendering.
+
+    Raises:
+        DataError: there is no such benchmark, or it cannot have so many classes.
+    """
     if options.source is not None and options.target is not None:
         own, domains = own_benchmark(options.source, options.target, options.validation)
         return own, lambda: domains
     pair = benchmark(options.benchmark)
+    if options.classes is not None:
+        pair = pair.narrowed(options.classes)
     return pair, lambda: open_domains(options, pair)
 
 

@@ -510,32 +510,19 @@ def stages(ingredients: Ingredients, options: ProdaOptions) -> tuple[StagePlan, 
             "extra_norm is on without a SimCLR backbone to put it behind; give --proda.simclr, or --from-stage 4 with "
             "weights that have one"
         )
-    if options.prototypes is not None:
-        given_prototypes(options.prototypes, _meta_network(ingredients))
-    if options.simclr is not None:
-        check_simclr(options.simclr, _meta_network(ingredients))
+    if options.prototypes is not None or options.simclr is not None:  # a wrong file is refused before anything starts
+        network = Build(ingredients.preset.network)()
+        assert isinstance(network, Proda)
+        if options.prototypes is not None:
+            given_prototypes(options.prototypes, network)
+        if options.simclr is not None:
+            load_pretrained_backbone(options.simclr, network)
     return (
         _warm_up(ingredients, options),
         _denoising(ingredients, options),
         _distillation(ingredients, options, 2),
         _distillation(ingredients, options, 3),
     )
-
-
-def _meta_network(ingredients: Ingredients) -> Proda:
-    with torch.device("meta"):
-        network = Build(ingredients.preset.network)()
-    assert isinstance(network, Proda)
-    return network
-
-
-def check_simclr(path: str, network: nn.Module) -> None:
-    """Refuse a SimCLR file before anything starts.
-
-    Raises:
-        RunError: see :func:`pipelines.weights.load_pretrained_backbone`.
-    """
-    load_pretrained_backbone(path, network)
 
 
 def _views(ingredients: Ingredients, options: ProdaOptions, stage: int, domain: str = "target") -> TargetViews:

@@ -27,7 +27,7 @@ from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, tr
 from pipelines.views import Whole, class_mix
 
 PSEUDO_CROP_VALUES = 10
-"""A crop is drawn again until its pseudo label shows more than this many distinct values (methods §2.4)."""
+"""A crop is drawn again until its pseudo label of 19 classes shows more than this many distinct values (methods §2.4)."""
 
 Options = TypeVar("Options", bound="SelfTrainingOptions")
 
@@ -281,8 +281,8 @@ def _self_training_stage(
     negative: float,
 ) -> StagePlan:
     preset, schedule = ingredients.preset, ingredients.preset.stages[1]
-    # As published: more than 10 values of 19 classes, more than 4 of 9.
-    values = PSEUDO_CROP_VALUES if ingredients.num_classes > 9 else ingredients.num_classes // 2
+    # As published: more than 10 values of 19 classes, more than 4 of 9; the same share of any other number up to 19.
+    values = PSEUDO_CROP_VALUES * min(ingredients.num_classes, 19) // 19
     # A pseudo label that is still all-255 shows one value: it takes its last draw, as a real one may have to.
     view = replace(
         training_view(ingredients, schedule, more_than_values=values),

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
 
 from actors.errors import RunError
 
 FORMAT = 1
+STAGES = "stages"
 
 
 class CheckpointStore:
@@ -115,6 +120,36 @@ class CheckpointStore:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+
+def keep_stage(folder: str | Path, step: int, name: str, network: nn.Module) -> str | None:
+    """Write the published weights of a stage that has ended, for whoever starts from them or scores them.
+
+    Args:
+        folder: run directory.
+        step: the stage's last.
+        name: the stage's.
+        network: published.
+
+    Returns:
+        None, or the sentence that says why it could not be written.
+    """
+    path = Path(folder) / STAGES / f"step_{step:08d}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in snapshot(network.state_dict()).items()}, partial)
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        return f"the weights of stage {name} could not be written ({error}). Free space in {path.parent}."
+    return None
+
+
+def kept_stages(folder: str | Path) -> list[tuple[int, Path]]:
+    """Last step and file of every stage that has ended, but for the last one, whose weights are the run's."""
+    found = (Path(folder) / STAGES).glob("step_*.safetensors")
+    return sorted((int(path.name.split("-")[0].removeprefix("step_")), path) for path in found)
 
 
 def snapshot(value: Any) -> Any:

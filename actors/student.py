@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.checkpoints import CheckpointStore, snapshot
+from actors.checkpoints import CheckpointStore, keep_stage, snapshot
 from actors.errors import RunError
 from actors.label_view import LabelView, age_statistics
 from actors.protocols import (
@@ -376,6 +376,8 @@ class Student:
         """Build what a stage needs, from a checkpoint when one is being resumed."""
         plan = self.plan.stages[index]
         first_step = sum(stage.steps for stage in self.plan.stages[:index])
+        if previous is not None:
+            self._keep_stage(index - 1, previous)
         before = self._before(index, previous, state)
         if state is None and plan.network is not None:
             torch.manual_seed(_step_seed(self.plan.seed, first_step, 1))  # the same network in every student
@@ -430,6 +432,14 @@ class Student:
         before = self.plan.network_of(index - 1)().to(self.device).eval().requires_grad_(False)
         before.load_state_dict(self.network.state_dict() if state is None else state["before"])
         return before
+
+    def _keep_stage(self, index: int, teaching: TeachingNetwork) -> None:
+        """Bring what a stage published up to date with its last step, and write it."""
+        network = teaching.settle(self.network)
+        if self.lead:
+            sentence = keep_stage(self.plan.folder, self.step, self.plan.stages[index].name, network)
+            if sentence is not None:
+                self.link.say(sentence, self.step)
 
     def _context(self, teaching: nn.Module, before: nn.Module | None, *, fresh: bool) -> ObjectiveContext:
         """What an objective may know of this student."""

@@ -7,6 +7,7 @@ import heapq
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from torch import Tensor
 
 from actors.errors import RunError
 from actors.evaluator import Scorer
+from models.networks.build import Build
+from models.networks.deeplab import DeepLabConfig
+from models.networks.layouts import described, is_whole_network
 from models.scores import ConfusionMatrix, mean_iou
 from pipelines import pictures
+from pipelines.benchmarks import benchmark
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
 from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
 from pipelines.setup import Setup, resolve
 from pipelines.trained import check_fits, check_same_classes
-from pipelines.weights import check_initial, load_initial, newest_weights
+from pipelines.weights import check_initial, load_initial, newest_weights, read_weights
 
 WORST = 10
 WORST_SIDE = 480
@@ -48,7 +53,7 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     step, weights = newest_weights(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = setup.make_scorer()(device)
-    check_fits(scorer.network, weights, folder)
+    check_fits(setup.network_with(weights), weights, folder)
     path = folder / "results.json"
     known: dict[str, Any] = json.loads(path.read_text())["scores"] if path.is_file() else {}
     scores = {row: known.get(row) for row in ROW_NAMES}
@@ -66,7 +71,10 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
 
 
 def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
-    """Score a whole network in a published layout, in the published protocol of a benchmark.
+    """Score a whole network in a published layout, in the published protocol of its system and of a benchmark.
+
+    What is in the file decides: a network with one head is ProDA's, which sees whole images once; the outputs of its
+    classifier are the classes.
 
     Args:
         path: of the file; see :func:`pipelines.weights.read_weights`.
@@ -74,14 +82,23 @@ def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
         out: folder for what :func:`rescore` writes beside the scores.
 
     Raises:
-        RunError: it cannot be read, is of another network or a backbone alone; or the results cannot be written.
+        RunError: it cannot be read, is of another network, of classes that the benchmark does not have, or a backbone
+            alone; or the results cannot be written.
         DataError: the data are not where or what they should be.
     """
-    setup = resolve(AdaptOptions(**data, init=path, name="file", references="never"), to_train=False)
+    state = read_weights(path)
+    if not is_whole_network(state):
+        raise RunError(
+            f"{path} has no classifier layer5.head: it is a backbone alone, which cannot be scored, or of another "
+            "system; give a whole network of MRNet, EPLC or ProDA"
+        )
+    options = AdaptOptions(**data, init=path, name="file", references="never")
+    setup = resolve(_scored_as(options, described(state, DeepLabConfig())), to_train=False)
+    network = Build(described(state, setup.preset.network))  # perhaps with a norm that the recipe's own has not
+    setup = replace(setup, plan=replace(setup.plan, network=network))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = setup.make_scorer()(device)
-    if not check_initial(path, scorer.network):
-        raise RunError(f"{path} is a backbone alone, which cannot be scored; give a whole network")
+    check_initial(path, scorer.network)
     load_initial(path, scorer.network)
     weights = {name: tensor.cpu().numpy() for name, tensor in scorer.network.state_dict().items()}
     return {
@@ -92,6 +109,22 @@ def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
         "class_names": list(setup.benchmark.classes.names),
         "scores": {"adapted": _scored(setup, scorer, weights, Path(out).absolute())},
     }
+
+
+def _scored_as(options: AdaptOptions, found: DeepLabConfig) -> AdaptOptions:
+    """The options of a run whose network a file's is.
+
+    Raises:
+        RunError: the benchmark has not as many classes as the network has outputs.
+    """
+    known = benchmark(options.benchmark).class_counts
+    if found.num_classes not in known:
+        raise RunError(
+            f"{options.init} has a classifier of {found.num_classes} outputs, and {options.benchmark} has "
+            f"{' or '.join(map(str, known))} classes; give the --benchmark that it was trained for"
+        )
+    recipe = "proda" if found.heads == "proda" else options.recipe
+    return replace(options, recipe=recipe, classes=found.num_classes)
 
 
 def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Path) -> dict[str, Any]:

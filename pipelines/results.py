@@ -131,8 +131,8 @@ def protocol(setup: Setup) -> dict[str, Any]:
 def protocol_sentence(protocol: dict[str, Any]) -> str:
     """What was scored, for people; :func:`protocol` has the parts.
 
-    Means over 16 classes of 16 outputs and of 19 are different scores (methods §2.3). Results of earlier versions do not
-    say which they are.
+    Means over 16 classes of 16 outputs and of 19 are different scores (methods §2.3); results of earlier versions do
+    not say which they are.
     """
     label = "×".join(map(str, protocol["label_size"]))
     views = ", ".join(f"{w}×{h}{' mirrored' if m else ''}" for w, h, m in protocol["views"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +89,13 @@ class Setup:
     def data(self) -> str:
         """``real`` or ``miniature``, wherever a score stands."""
         return "miniature" if self.options.on_miniature else "real"
+
+    def network_with(self, names: Iterable[str]) -> nn.Module:
+        """That of the run's networks whose tensors have these names, on the ``meta`` device; the last if none has."""
+        wanted = set(names)
+        with torch.device("meta"):
+            networks = [build() for build in self.plan.networks]
+        return next((network for network in networks if network.state_dict().keys() == wanted), networks[-1])
 
     def label_rows(self) -> dict[int, int]:
         """Images in a label block, by stage: several blocks a teacher, or they label in lock-step."""

@@ -20,9 +20,10 @@ from actors.protocols import LabelPlan
 from actors.records import decode
 from models.networks.deeplab import Segmenter
 from models.uncertainty import mean_probabilities, trunk_views
+from pipelines.benchmarks import Benchmark, Published
 from pipelines.label_rules import MonteCarloRule
 from pipelines.options import DataOptions, read_config
-from pipelines.pseudo_labels.layouts import LAYOUTS, FileLayout, FolderLayout, Layout
+from pipelines.pseudo_labels.layouts import LAYOUTS, FileLayout, FolderLayout, Ids, Layout
 from pipelines.pseudo_labels.table import PseudoLabel, open_table
 from pipelines.setup import Setup, choose_pair, resolve
 from pipelines.trained import check_fits, check_same_classes
@@ -83,7 +84,7 @@ def export_labels(
         several = plan.rule.passes > 1 and plan.rule.dropout > 0  # one pass deviates by nothing and doubts nothing
         plan = replace(plan, rule=replace(plan.rule, negative=several, statistics=several))
     labeller = Labeller(setup.plan.networks, setup.target_reader, {0: plan}, setup.options.seed, device)
-    check_fits(labeller.network, arrays, folder)
+    check_fits(setup.network_with(arrays), arrays, folder)
     labeller.load(step, arrays)
     done = Exchanged(Path(out).absolute(), step=step)
     with _readable_write_errors(done.out):
@@ -94,7 +95,7 @@ def export_labels(
             return done
         chosen = LAYOUTS[layout]
         _refuse_clash(chosen, layout, target.image_paths)
-        ids = chosen.ids(len(setup.benchmark.classes), setup.benchmark.protocols[setup.benchmark.primary_protocol])
+        ids = _ids(chosen, setup.benchmark)
         if chosen.soft:
             for image_path, probabilities in _soft(setup, labeller, plan, device, done, progress):
                 chosen.write_soft(done.out, image_path, probabilities, ids)
@@ -177,7 +178,7 @@ def import_labels(options: DataOptions, folder: str, layout: FolderLayout, out: 
     pair, open_data = choose_pair(options)
     target, chosen, root = open_data().target, LAYOUTS[layout], Path(folder)
     _refuse_clash(chosen, layout, target.image_paths)
-    ids = chosen.ids(len(pair.classes), pair.protocols[pair.primary_protocol])
+    ids = _ids(chosen, pair)
     places = [root / part for part in ("", "train") if (root / part).is_dir()]
     if not places:
         raise RunError(f"{folder} is no folder; give the one that holds the labels")
@@ -204,6 +205,12 @@ def import_labels(options: DataOptions, folder: str, layout: FolderLayout, out: 
         if not done.images:
             raise RunError(f"none of the labels in {folder} can be read: {done.skipped[0]}")
     return done
+
+
+def _ids(layout: Layout, pair: Benchmark) -> Ids:
+    """A layout's numbers for a benchmark."""
+    kept = pair.kept if isinstance(pair, Published) else None
+    return layout.ids(len(pair.classes), pair.protocols[pair.primary_protocol], kept)
 
 
 def _refuse_clash(layout: Layout, name: str, image_paths: tuple[str, ...]) -> None:

@@ -33,24 +33,33 @@ class Ids:
     """How a layout numbers the classes.
 
     Attributes:
-        train_ids: the train id of each number, in order.
+        train_ids: those of the benchmark's classes that it numbers.
+        numbers: the number of each.
         withheld: the number of a withheld pixel.
     """
 
     train_ids: tuple[int, ...]
+    numbers: tuple[int, ...]
     withheld: int = IGNORE
 
     def written(self, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Train ids (255 = withheld) as the layout's numbers; a class that it does not know is withheld."""
         table = np.full(256, self.withheld, np.uint8)
-        table[list(self.train_ids)] = np.arange(len(self.train_ids))
+        table[list(self.train_ids)] = self.numbers
         return table[label]
 
     def read(self, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The layout's numbers as train ids; whatever is no class is withheld."""
         table = np.full(256, IGNORE, np.uint8)
-        table[: len(self.train_ids)] = self.train_ids
+        table[list(self.numbers)] = self.train_ids
         return table[numbers]
+
+    def written_bits(self, planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A bit a train id, uint8 (P, H, W) with the lowest bit first, as a bit a number; 0 where there is no class."""
+        bits = np.unpackbits(planes, axis=0, bitorder="little")
+        found = np.zeros((max(self.numbers) + 1, *planes.shape[1:]), np.uint8)
+        found[list(self.numbers)] = bits[list(self.train_ids)]
+        return np.packbits(found, axis=0, bitorder="little")
 
 
 @dataclass(frozen=True)
@@ -64,9 +73,10 @@ class Layout:
         heat: a PNG of the confidence as a heat map.
         probability: an NPZ of float32 (H, W) in [0, 1]: ``prob`` (the winner's mean over passes), and where there were
             several passes ``min_prob`` (the highest of the classes' lowest) and ``std`` (of the winner); then also
-            ``neg``, uint8 (⌈C/8⌉, H, W), a bit a class that the pixel surely is not, the lowest bit first.
+            ``neg``, uint8 (⌈C/8⌉, H, W), a bit a number that the pixel surely is not, the lowest bit first.
         confidence: a NumPy array, float16 (H, W) in [0, 1].
-        contiguous: whether numbers count the classes of the benchmark's first protocol instead of being train ids.
+        contiguous: whether numbers count the classes of the benchmark's first protocol, instead of being the train ids
+            of its datasets.
         withheld: the number of a withheld pixel.
         palette: whether the PNG has a palette.
         at_image_size: whether labels are enlarged (nearest) to their images' size.
@@ -85,8 +95,14 @@ class Layout:
     at_image_size: bool = True
     soft: bool = False
 
-    def ids(self, num_classes: int, protocol: Sequence[int]) -> Ids:
+    def ids(self, num_classes: int, protocol: Sequence[int], kept: Sequence[int] | None = None) -> Ids:
         """Its numbers for a benchmark.
+
+        Args:
+            num_classes: of the benchmark.
+            protocol: the benchmark's first.
+            kept: the datasets' train id of each class, where the benchmark has fewer than they do; None where they are
+                the same.
 
         Raises:
             RunError: there are more classes than it has numbers.
@@ -94,7 +110,8 @@ class Layout:
         train_ids = tuple(protocol) if self.contiguous else tuple(range(num_classes))
         if len(train_ids) > self.withheld:
             raise RunError(f"this layout numbers {self.withheld} classes, and there are {len(train_ids)}; use parquet")
-        return Ids(train_ids, self.withheld)
+        numbers = tuple(range(len(train_ids))) if self.contiguous or kept is None else tuple(kept)
+        return Ids(train_ids, numbers, self.withheld)
 
     def path(self, folder: Path, image_path: str, template: str | None = None) -> Path:
         """Where the label of an image lies, or another of its files."""
@@ -140,8 +157,9 @@ class Layout:
             label, confidence = pictures.shrunk(label, size), pictures.shrunk(confidence, size)
         numbers = Image.fromarray(ids.written(label))
         if self.palette:
-            colours = [part for train_id in ids.train_ids for part in classes.palette[train_id]]
-            numbers.putpalette(colours + [0] * (768 - len(colours)))  # with fewer, Pillow stores fewer bits a pixel
+            colours = np.zeros((256, 3), np.uint8)  # with fewer, Pillow stores fewer bits a pixel
+            colours[list(ids.numbers)] = [classes.palette[train_id] for train_id in ids.train_ids]
+            numbers.putpalette(colours.reshape(-1).tolist())
         pictures.save(numbers, self.path(folder, image_path))
         if self.colour is not None:
             pictures.save(Image.fromarray(classes.colourise(label)), self.path(folder, image_path, self.colour))
@@ -149,7 +167,7 @@ class Layout:
         if self.heat is not None:
             pictures.save(Image.fromarray(pictures.heat(share)), self.path(folder, image_path, self.heat))
         if self.probability is not None:
-            arrays = {"prob": share, **_statistics(more or {}, size)}
+            arrays = {"prob": share, **_statistics(more or {}, size, ids)}
             np.savez_compressed(self.path(folder, image_path, self.probability), **arrays)
         if self.confidence is not None:
             np.save(self.path(folder, image_path, self.confidence), share.astype(np.float16))
@@ -200,7 +218,7 @@ class Layout:
         return _in_steps(share)
 
 
-def _statistics(record: Mapping[str, NDArray[np.uint8]], size: tuple[int, int] | None) -> dict[str, Any]:
+def _statistics(record: Mapping[str, NDArray[np.uint8]], size: tuple[int, int] | None, ids: Ids) -> dict[str, Any]:
     """What an NPZ holds beside ``prob``, at (width, height)."""
 
     def sized(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -211,7 +229,7 @@ def _statistics(record: Mapping[str, NDArray[np.uint8]], size: tuple[int, int] |
         if column in record:
             found[name] = sized(record[column]).astype(np.float32) / np.float32(steps)
     if NEGATIVE in record:
-        found["neg"] = np.stack([sized(plane) for plane in record[NEGATIVE]])
+        found["neg"] = np.stack([sized(plane) for plane in ids.written_bits(record[NEGATIVE])])
     return found
 
 

@@ -62,6 +62,8 @@ RESIZED = (0.5, 1.5)
 CROP = (896 / 2048, 512 / 1024)
 """Crop, of a whole target image."""
 WEIGHT_DECAY = 2e-4
+PROTOTYPE_MOMENTUM, LARGEST_MOMENTUM = 1e-4, 0.1
+CHANNELS = 256
 INITIAL_PASSES = 4
 """Times that the initial prototypes see every target image."""
 
@@ -93,10 +95,12 @@ class ProdaOptions:
     """Learning rate of the discriminator."""
     strong_source: float = 0.0
     """Above 0, the warm-up learns from strongly augmented source images with this weight instead of from plain ones."""
-    temperature: float = 1.0
-    """Multiplies distances to prototypes."""
-    momentum: float = 1e-4
-    """Share of a new vector in a prototype."""
+    temperature: float | None = None
+    """Multiplies distances to prototypes. Default: 1 for features of 256 channels, as published, and for others what
+    makes up for distances that grow with the root of the channels."""
+    momentum: float | None = None
+    """Share of a new vector in a prototype. Default: as much as prototypes take over in a stage of published length
+    with 1e-4, which it is there."""
     threshold: float = 0.0
     """Share of its class's probability that a denoised label must reach; 0 withholds none, as published."""
     cross_entropy: float = 0.1
@@ -162,12 +166,12 @@ class ProdaOptions:
             if (getattr(self, name) or 0.0) < 0:
                 raise RunError(f"{name} is {getattr(self, name)}; a weight or rate is not negative")
         for name in ("threshold", "sure", "momentum"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= (getattr(self, name) or 0.0) <= 1:
                 raise RunError(f"{name} is {getattr(self, name)}; give a number in [0, 1]")
         for name in ("dropout", "ignore_bottom"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; give a rate in [0, 1)")
-        if not self.temperature > 0:
+        if self.temperature is not None and not self.temperature > 0:
             raise RunError(f"temperature is {self.temperature}; give a number above 0")
         for name in ("grid", "max_label_age"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -312,7 +316,10 @@ class DenoisingObjective:
         reader: ImageReader,
         context: ObjectiveContext,
     ) -> None:
+        assert options.momentum is not None
+        assert options.temperature is not None
         self.term, self.options, self.views, self.regular, self.context = term, options, views, regular, context
+        self.momentum, self.temperature = options.momentum, options.temperature
         self.balance = term.balance(context)
         assert isinstance(context.network, Proda)
         assert isinstance(context.teaching, Proda)
@@ -349,7 +356,7 @@ class DenoisingObjective:
             assigned, seen = warp(assignments, 0.0)
             seen = seen & (batch.pseudo_weight > 0)[:, None, None]
             distances = prototype_distances(self.views.on_grid(strong.feature), prototypes)
-            structure = assignment_loss(assigned, distances, seen, options.temperature)
+            structure = assignment_loss(assigned, distances, seen, self.temperature)
             terms["loss/structure"] = options.structure * structure
         return terms
 
@@ -369,7 +376,7 @@ class DenoisingObjective:
             self._vectors = self._class_means(found)
             soft = self.views.of_whole(batch.records[SOFT].float() / 255, positions)
             distances = prototype_distances(self.views.of_whole(found.feature, positions), self.network.prototypes)
-            assignments = prototype_weights(distances, self.options.temperature)
+            assignments = prototype_weights(distances, self.temperature)
             labels, _ = rectify(soft, assignments, self.options.threshold)
         return labels.masked_fill(given == IGNORE, IGNORE), assignments
 
@@ -385,7 +392,7 @@ class DenoisingObjective:
         """Step 10: the prototypes follow the features, of all students alike."""
         assert self._vectors is not None
         means, present = (self.context.gather(part.contiguous()) for part in self._vectors)
-        momentum_update(self.network.prototypes, means, present.bool(), self.options.momentum)
+        momentum_update(self.network.prototypes, means, present.bool(), self.momentum)
         return {"labels/classes": present.float().sum(1).mean()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -504,7 +511,7 @@ class DistillationObjective:
 
 def stages(ingredients: Ingredients, options: ProdaOptions) -> tuple[StagePlan, ...]:
     """Warm-up, denoising, and distillation twice."""
-    options = options.resolved(ingredients.faithful)
+    options = _sized(options.resolved(ingredients.faithful), ingredients.preset)
     if options.extra_norm == "on" and options.simclr is None and ingredients.from_stage < 4:
         raise RunError(
             "extra_norm is on without a SimCLR backbone to put it behind; give --proda.simclr, or --from-stage 4 with "
@@ -523,6 +530,16 @@ def stages(ingredients: Ingredients, options: ProdaOptions) -> tuple[StagePlan, 
         _distillation(ingredients, options, 2),
         _distillation(ingredients, options, 3),
     )
+
+
+def _sized(options: ProdaOptions, preset: Preset) -> ProdaOptions:
+    """The same with what depends on the preset's length and network decided."""
+    if options.momentum is None:
+        share = PROTOTYPE_MOMENTUM * max(1.0, STEPS / preset.stages[1].steps)
+        options = replace(options, momentum=min(share, LARGEST_MOMENTUM))
+    if options.temperature is None:
+        options = replace(options, temperature=(CHANNELS / preset.network.bottleneck_channels) ** 0.5)
+    return options
 
 
 def _views(ingredients: Ingredients, options: ProdaOptions, stage: int, domain: str = "target") -> TargetViews:
@@ -569,9 +586,10 @@ def _stage(ingredients: Ingredients, options: ProdaOptions, stage: int, **more: 
 
 
 def _sgd(ingredients: Ingredients, *, train_norm_affine: bool = True) -> Sgd:
-    return replace(
-        sgd(ingredients.preset, train_norm_affine=train_norm_affine), weight_decay=WEIGHT_DECAY, nesterov=False
-    )
+    made = sgd(ingredients.preset, train_norm_affine=train_norm_affine)
+    if ingredients.preset.rates == "flat":  # a random network has its own settings, in the preset
+        return made
+    return replace(made, weight_decay=WEIGHT_DECAY, nesterov=False)
 
 
 def _warm_up(ingredients: Ingredients, options: ProdaOptions) -> StagePlan:
@@ -607,6 +625,7 @@ def _denoising(ingredients: Ingredients, options: ProdaOptions) -> StagePlan:
         threshold=options.threshold,
         ignore_bottom=_bottom(ingredients, options),
     )
+    assert options.temperature is not None
     regular = options.regular if options.regular is not None else (0.0 if ingredients.sure else 0.1)
     assert ingredients.reader is not None
     return _stage(
@@ -671,7 +690,7 @@ def fitted(preset: Preset, benchmark: Benchmark) -> Preset:
     network = replace(
         preset.network,
         heads="proda",
-        bottleneck_channels=min(256, preset.network.bottleneck_channels),
+        bottleneck_channels=min(CHANNELS, preset.network.bottleneck_channels),
         pixels="rgb_unit",
         conv_std=0.01 if preset.name == "full" else None,
     )

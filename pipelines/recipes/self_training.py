@@ -27,7 +27,7 @@ from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, tr
 from pipelines.views import Whole, class_mix
 
 PSEUDO_CROP_VALUES = 10
-"""A crop is drawn again until its pseudo label of 19 classes shows more than this many distinct values (methods §2.4)."""
+"""A crop is drawn again until its pseudo label shows more than this many distinct values, of 19 (methods §2.4)."""
 
 Options = TypeVar("Options", bound="SelfTrainingOptions")
 

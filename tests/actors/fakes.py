@@ -150,6 +150,17 @@ class TinyNetwork(nn.Module):
         return self.classifier(self.dropout(torch.relu(self.norm(self.conv(images)))))
 
 
+class NormedNetwork(TinyNetwork):
+    """The same with another norm: a stage's own network."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.BatchNorm2d(4)
+
+    def forward(self, images):
+        return self.classifier(self.dropout(self.extra(torch.relu(self.norm(self.conv(images))))))
+
+
 class TinyObjective:
     """Two terms, a module of its own with its own optimiser, and a record of everything it saw."""
 
@@ -275,3 +286,24 @@ class FakeLink:
 
     def report(self, numbers):
         self.reports.append(numbers)
+
+
+class FakeView:
+    """Labels that are a function of the image's index and nothing else."""
+
+    def __init__(self, stage_index, stage_version, complete=True):
+        self.hits = self.misses = 0
+        self.wait_seconds = 0.0
+        self.ages = {}
+        self.polls, self.complete = [], complete
+
+    def poll(self, step, upcoming):
+        self.polls.append((step, upcoming.tolist()))
+
+    def wait_for_round(self, step, tick, poll_seconds=0.0):
+        return self.complete or not tick()
+
+    def get(self, index, step):
+        self.hits += 1
+        self.ages[1] = self.ages.get(1, 0) + 1
+        return np.random.default_rng([5, index]).integers(0, CLASSES, (8, 8)).astype(np.uint8), 0.5

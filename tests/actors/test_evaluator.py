@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from actors.errors import UnreadableImage
 from actors.evaluator import Evaluator, Recommended, Scorer
 from actors.weight_board import WeightBoard
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.proda import Proda
 from pipelines.views import network_input
 
 CONFIG = DeepLabConfig(
@@ -142,6 +144,53 @@ def test_adabn_changes_the_statistics_alone_and_leaves_broken_images_out():
     assert changed
     assert all("running" in name or "tracked" in name for name in changed)
     assert again.keys() == adapted.keys()
+
+
+def proda(extra_norm, seed=0):
+    torch.manual_seed(seed)
+    made = Proda(replace(CONFIG, heads="proda", extra_norm=extra_norm))
+    torch.nn.init.normal_(made.layer5.classifier.weight, std=1.0)
+    torch.nn.init.normal_(made.bn1.running_mean)
+    return made.eval()
+
+
+def scorer_of(*networks):
+    return Scorer(networks, Reader(), network_input, ((48, 32),), True, 4, PROTOCOLS, torch.device("cpu"))
+
+
+def test_networks_of_different_stages_are_scored_each_as_itself():
+    """One head, with and without a norm before it, and two heads."""
+    plain, normed, two = proda(False), proda(True, 1), network(2)
+    kinds = (lambda: proda(False, 5), lambda: proda(True, 5), lambda: DeepLab(CONFIG))
+    together = scorer_of(*kinds)
+    for made, kind in ((normed, kinds[1]), (plain, kinds[0]), (two, kinds[2]), (normed, kinds[1])):
+        assert together.score(weights(made)) == scorer_of(kind).score(weights(made))
+    assert together.score(weights(plain))["confusion"] != together.score(weights(normed))["confusion"]
+    with pytest.raises(ValueError, match="none of the run's networks"):
+        scorer_of(kinds[0]).score(weights(normed))
+
+
+def test_a_network_with_one_head_is_scored_by_it():
+    made, reader = proda(False), Reader()
+    found = np.array(scorer_of(lambda: proda(False, 5)).score(weights(made))["confusion"])
+    expected = np.zeros((4, 4), int)
+    for index in range(len(reader)):
+        x = network_input(torch.from_numpy(reader.read(index, (48, 32)))[None])
+        with torch.no_grad():
+            p = (made(x).main.softmax(1) + made(x.flip(3)).main.softmax(1).flip(3)) / 2
+        p = torch.nn.functional.interpolate(p, (20, 36), mode="bilinear", align_corners=True)
+        prediction, label = p[0].argmax(0).numpy(), reader.label(index)
+        for row in range(4):
+            expected[row] += np.bincount(prediction[label == row], minlength=4)
+    assert np.abs(found - expected).sum() <= 4  # a tie or two
+
+
+def test_adabn_adapts_the_network_that_the_weights_belong_to():
+    scores, made = scorer_of(lambda: proda(False, 5), lambda: proda(True, 5)), proda(True)
+    adapted = scores.with_statistics_of(weights(made), Reader(8), range(8), batch=4)
+    changed = {name for name, array in weights(made).items() if not np.array_equal(array, adapted[name])}
+    assert "bn_pretrain.running_mean" in changed
+    assert all("running" in name or "tracked" in name for name in changed)
 
 
 @pytest.fixture

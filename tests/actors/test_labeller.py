@@ -1,17 +1,24 @@
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import ray
 import torch
-from fakes import SHAPE, FakeRule, TinyNetwork, label_plan
+from fakes import SHAPE, FakeRule, NormedNetwork, TinyNetwork, label_plan
 
 from actors import labeller as module
 from actors.errors import UnreadableImage
 from actors.evaluator import Evaluator
-from actors.labeller import YIELDING, Labeller, label_seed, load_weights
+from actors.labeller import YIELDING, Labeller, Networks, label_seed, load_weights
 from actors.records import decode
 from actors.teacher import Teacher
+
+CPU = torch.device("cpu")
+
+
+def arrays(network):
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
 class Reader:
@@ -110,6 +117,73 @@ def test_a_new_version_replaces_the_weights():
     assert made.version == 8
     torch.testing.assert_close(made.network.conv.weight, other.conv.weight, check_stride=False)
     assert FakeRule().layout == made.plans[1].rule.layout
+
+
+def test_the_networks_of_a_run_are_told_apart_by_their_weights():
+    networks = Networks((TinyNetwork, lambda: TinyNetwork(channels=6), NormedNetwork), CPU)
+    for given in (NormedNetwork(), TinyNetwork(channels=6), TinyNetwork(), NormedNetwork()):
+        found = networks.load(arrays(given))
+        assert type(found) is type(given)
+        for name, tensor in given.state_dict().items():
+            torch.testing.assert_close(found.state_dict()[name], tensor)
+        assert not any(module.training for module in found.modules())
+        assert not any(parameter.requires_grad for parameter in found.parameters())
+
+
+def test_a_network_is_built_once_and_not_before_it_is_needed():
+    built = []
+
+    def build(kind):
+        built.append(kind)
+        return kind()
+
+    networks = Networks([lambda: build(TinyNetwork), lambda: build(NormedNetwork)], CPU)
+    assert built == []
+    first = networks.first
+    assert networks.load(arrays(TinyNetwork())) is first
+    assert built == [TinyNetwork]
+    second = networks.load(arrays(NormedNetwork()))
+    assert networks.load(arrays(TinyNetwork())) is first is networks.first
+    assert networks.load(arrays(NormedNetwork())) is second
+    assert built == [TinyNetwork, NormedNetwork]
+
+
+def test_one_builder_is_a_run_with_one_network():
+    networks = Networks(TinyNetwork, CPU)
+    assert networks.load(arrays(TinyNetwork())) is networks.first
+
+
+@pytest.mark.parametrize("other", [NormedNetwork(), TinyNetwork(channels=5)])
+def test_weights_that_belong_to_no_network_are_refused_and_change_nothing(other):
+    networks = Networks((TinyNetwork,), CPU)
+    before = {name: tensor.clone() for name, tensor in networks.first.state_dict().items()}
+    count = len(other.state_dict())
+    with pytest.raises(ValueError, match=f"weights of {count} tensors belong to none of the run's networks"):
+        networks.load(arrays(other))
+    for name, tensor in before.items():
+        assert torch.equal(networks.first.state_dict()[name], tensor)
+
+
+def test_a_teacher_labels_with_the_network_that_its_newest_weights_belong_to():
+    used = []
+
+    class Rule(FakeRule):
+        def label(self, network, views, seeds):
+            used.append((type(network), network.conv.weight.clone()))
+            return super().label(network, views, seeds)
+
+    plan = replace(label_plan(), rule=Rule())
+    made = Labeller((TinyNetwork, NormedNetwork), Reader(), {1: plan}, 0, CPU)
+    given = [TinyNetwork(), NormedNetwork(), TinyNetwork()]
+    for version, network in enumerate(given):
+        made.load(version, arrays(network))
+        made.label(1, 0, 0, 2, step=9)
+    assert [kind for kind, _ in used] == [TinyNetwork, NormedNetwork, TinyNetwork]
+    for (_, weight), network in zip(used, given, strict=True):
+        torch.testing.assert_close(weight, network.conv.weight, check_stride=False)
+    with pytest.raises(ValueError, match="none of the run's networks"):
+        made.load(3, arrays(TinyNetwork(channels=5)))
+    assert made.version == 2, "it goes on with what it has"
 
 
 def hire_teacher():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from actors.protocols import Labelled, LabelPlan
 from actors.showcase import Showcase, _resized
 from actors.staleness import StalenessPolicy
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.proda import Proda
 from pipelines.selections import PercentileSelection
 from pipelines.views import network_input
 
@@ -106,6 +109,37 @@ def test_a_pseudo_label_is_withheld_where_the_thresholds_say_so():
 @pytest.mark.parametrize("label_plan", [None, plan(PercentileSelection(0.5))])
 def test_without_a_rule_or_without_its_thresholds_there_is_no_pseudo_label(label_plan):
     assert showcase(label_plan=label_plan).show({"adapted": weights(0)}, None)[0].pseudo_label is None
+
+
+def proda(extra_norm, seed):
+    torch.manual_seed(seed)
+    made = Proda(replace(CONFIG, heads="proda", extra_norm=extra_norm))
+    torch.nn.init.normal_(made.layer5.classifier.weight, std=1.0)
+    return made
+
+
+def test_each_row_may_have_a_network_of_its_own_and_the_last_one_labels():
+    used = []
+
+    class Watched(Rule):
+        def label(self, network, views, seeds):
+            used.append(network.bn_pretrain is not None)
+            return super().label(network, views, seeds)
+
+    def show(kinds, **rows):
+        labels, cpu = LabelPlan(Watched(), StalenessPolicy()), torch.device("cpu")
+        rows = {name: {key: tensor.numpy() for key, tensor in made.state_dict().items()} for name, made in rows.items()}
+        return Showcase(kinds, Reader(), True, network_input, (VIEW,), True, labels, 0, cpu, images=2).show(rows, None)
+
+    kinds = (lambda: proda(False, 5), lambda: proda(True, 5))
+    one, two = proda(True, 1), proda(False, 2)
+    both = show(kinds, before=one, after=two)
+    assert used == [False, False]
+    for together, before, after in zip(both, show(kinds[1], before=one), show(kinds[0], after=two), strict=True):
+        np.testing.assert_array_equal(together.predictions["before"], before.predictions["before"])
+        np.testing.assert_array_equal(together.predictions["after"], after.predictions["after"])
+        np.testing.assert_array_equal(together.confidence, after.confidence)
+        assert (together.predictions["before"] != together.predictions["after"]).any()
 
 
 def test_images_without_labels_have_no_truth():

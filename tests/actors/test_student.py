@@ -8,8 +8,10 @@ import pytest
 import torch
 from fakes import (
     CLASSES,
+    SHAPE,
     FakeLink,
     FakeStream,
+    FakeView,
     PlainView,
     TinyNetwork,
     TinyObjective,
@@ -19,6 +21,7 @@ from fakes import (
     sgd,
     stage,
 )
+from test_label_view import Bank, view_of
 from torch import nn
 
 from actors.checkpoints import CheckpointStore
@@ -35,27 +38,6 @@ def student(plan, link=None, rank=0, world=1):
 
 def losses(seen):
     return [terms for terms, *_ in seen]
-
-
-class FakeView:
-    """Labels that are a function of the image's index and nothing else."""
-
-    def __init__(self, stage_index, stage_version, complete=True):
-        self.hits = self.misses = 0
-        self.wait_seconds = 0.0
-        self.ages = {}
-        self.polls, self.complete = [], complete
-
-    def poll(self, step, upcoming):
-        self.polls.append((step, upcoming.tolist()))
-
-    def wait_for_round(self, step, tick, poll_seconds=0.0):
-        return self.complete or not tick()
-
-    def get(self, index, step):
-        self.hits += 1
-        self.ages[1] = self.ages.get(1, 0) + 1
-        return np.random.default_rng([5, index]).integers(0, CLASSES, (8, 8)).astype(np.uint8), 0.5
 
 
 def two_stages(seen, folder, **more):
@@ -366,12 +348,15 @@ def test_a_labelled_target_stream_is_its_own_label(tmp_path):
     assert set(batch.pseudo_label.unique().tolist()) <= set(range(CLASSES))
 
 
-def test_an_extra_column_takes_part_in_the_views_geometry(tmp_path):
-    class Mirror:
-        def __call__(self, images, labels, positions):
-            seen = images.permute(0, 3, 1, 2).float() / 255 - 0.5
-            return seen.flip(-1), tuple(label.flip(-1) for label in labels)
+class Mirror:
+    """A view that moves everything it is given."""
 
+    def __call__(self, images, labels, positions):
+        seen = images.permute(0, 3, 1, 2).float() / 255 - 0.5
+        return seen.flip(-1), tuple(label.flip(-1) for label in labels)
+
+
+def test_an_extra_column_takes_part_in_the_views_geometry(tmp_path):
     class WithExtra(FakeView):
         def column(self, name, index, step):
             return np.stack([self.get(index, step)[0]] * 3) + np.arange(3, dtype=np.uint8)[:, None, None]
@@ -386,6 +371,73 @@ def test_an_extra_column_takes_part_in_the_views_geometry(tmp_path):
     assert batch.extra.dtype == torch.uint8
     for plane in range(3):
         assert torch.equal(batch.extra[:, plane].long(), batch.pseudo_label + plane)
+
+
+def test_an_objective_sees_the_images_whole_and_knows_the_positions_of_every_stream(tmp_path):
+    seen = []
+    streams = {name: FakeStream(name, labelled=name != "target") for name in ("source", "target", "labelled")}
+    streams["target"].view = Mirror()
+    student(run_plan(tmp_path, [stage(seen, steps=1), stage(seen, "next", steps=2, streams=streams)])).run()
+    batch, (raw,) = seen[2][2], streams["target"].batches(8, 1, 4, 0, 1)
+    assert torch.equal(batch.whole, raw.images)
+    torch.testing.assert_close(batch.target.flip(-1), raw.images.permute(0, 3, 1, 2) / 255 - 0.5)
+    assert {name: positions.tolist() for name, positions in batch.positions.items()} == {
+        name: [8, 9, 10, 11] for name in streams
+    }
+
+
+def test_every_rank_knows_the_positions_of_its_own_samples(tmp_path):
+    made = Student(run_plan(tmp_path, [stage(steps=2)]), FakeLink(), 1, 2, CPU)
+    streams = made._open_streams(0, 0)
+    assert [next(streams["target"]).positions.tolist() for _ in range(2)] == [[2, 3], [6, 7]]
+
+
+def test_without_target_images_there_is_nothing_whole(tmp_path):
+    seen = []
+    student(run_plan(tmp_path, [stage(seen, steps=1, target=False)])).run()
+    batch = seen[0][2]
+    assert batch.whole is None
+    assert batch.records == {}
+    assert list(batch.positions) == ["source"]
+
+
+def test_raw_columns_reach_the_objective_as_they_were_recorded(tmp_path):
+    """Whatever the view does to the image, and zeros where there is no record."""
+    seen, bank = [], Bank()
+    bank.make(0, 3, value=1, deliver=True, confidence=77)
+    bank.stage = 0
+    view = view_of(bank)
+    view.stage = 0
+
+    class Noting:
+        def losses(self, network, batch, info):
+            seen.append(batch)
+            return {"loss/any": network(batch.target).square().mean()}
+
+        def learn(self, info):
+            return {}
+
+        def state_dict(self):
+            return {}
+
+    streams = {"target": FakeStream("target", labelled=False, images=4, view=Mirror())}
+    plan = replace(label_plan(), raw_columns=("confidence", "label"))
+    stages = [stage(steps=4, streams=streams, labels=plan, objective=lambda context: Noting())]
+    student(run_plan(tmp_path, stages), FakeLink(views={0: lambda *_: view})).run()
+    assert list(seen[0].records) == ["confidence", "label"]
+    for records, written in ((seen[0].records, 0), (seen[-1].records, 2)):
+        for name, value in (("confidence", 77), ("label", 1)):
+            expected = torch.zeros(4, *SHAPE, dtype=torch.uint8)
+            expected[:written] = value
+            assert records[name].dtype == torch.uint8
+            assert torch.equal(records[name], expected)
+    assert seen[-1].pseudo_weight.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_stage_without_raw_columns_reads_none(tmp_path):
+    seen = []
+    student(run_plan(tmp_path, [stage(seen, steps=1, labels=label_plan())]), FakeLink(views={0: FakeView})).run()
+    assert seen[0][2].records == {}
 
 
 def test_labelled_target_images_reach_the_objective_beside_the_others(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from actors.errors import UnreadableImage
 from actors.watcher import Watcher
 from models.label_free import TargetSignals
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.proda import Proda
 from pipelines.views import network_input
 
 CONFIG = DeepLabConfig(
@@ -91,3 +94,31 @@ def test_fewer_images_than_asked_for_are_all_looked_at():
     reader = Reader(images=3)
     watcher(reader, images=32).look(weights(0)[1])
     assert reader.asked == [0, 1, 2]
+
+
+def proda(extra_norm, seed):
+    torch.manual_seed(seed)
+    made = Proda(replace(CONFIG, heads="proda", extra_norm=extra_norm))
+    torch.nn.init.normal_(made.layer5.classifier.weight)
+    return made.eval()
+
+
+def test_it_follows_a_change_of_the_network_and_compares_what_both_saw():
+    kinds = (lambda: proda(False, 5), lambda: proda(True, 5))
+    reader = Reader()
+    watching = Watcher(kinds, reader, network_input, (48, 32), 5, 4, torch.device("cpu"))
+    plain, normed = proda(False, 0), proda(True, 1)
+    weights_of = [{name: tensor.numpy() for name, tensor in made.state_dict().items()} for made in (plain, normed)]
+    watching.look(weights_of[0])
+    found = watching.look(weights_of[1], weights_of[0])
+    classes = {}
+    for name, made in (("plain", plain), ("normed", normed)):
+        images = np.stack([reader.read(index, (48, 32)) for index in (0, 2, 4, 6, 8)])
+        with torch.no_grad():
+            classes[name] = made(network_input(torch.from_numpy(images))).main.argmax(1).numpy()
+    shares = np.bincount(classes["normed"].reshape(-1), minlength=4) / classes["normed"].size
+    assert found["class_shares"] == pytest.approx(shares.tolist())
+    assert found["stability"] == found["agreement"] == pytest.approx((classes["plain"] == classes["normed"]).mean())
+    assert found["agreement"] < 1.0
+    assert "disagreement" not in found, "of heads; there is one"
+    assert found["label_free_score"] == pytest.approx(found["diversity"] - found["entropy"])

@@ -6,6 +6,7 @@ import torch
 
 from models.label_free import SCORES, TargetSignals, label_free_score
 from models.networks.deeplab import Logits
+from models.networks.proda import ProdaOutputs
 
 
 def logits(seed, n=2, c=5, h=3, w=4):
@@ -31,6 +32,23 @@ def test_signals_are_those_of_all_cells_at_once():
     assert found["agreement"] == pytest.approx(same.mean())
     np.testing.assert_allclose(counted.class_shares(), np.bincount(p.argmax(1), minlength=5) / len(p))
     assert found["label_free_score"] == pytest.approx(found["diversity"] - found["entropy"] - found["disagreement"])
+
+
+def test_where_there_is_one_head_nothing_disagrees_with_it():
+    """The other signals are those of its own scores."""
+    batches = [ProdaOutputs(logits(seed, n=n).main, torch.randn(n, 8, 3, 4)) for seed, n in ((0, 2), (1, 1))]
+    counted = TargetSignals(5)
+    for outputs in batches:
+        counted.update(outputs, {"consistency": torch.zeros(outputs.main.shape[0], 3, 4).long()})
+    e = np.exp(np.concatenate([np.moveaxis(z.main.double().numpy(), 1, -1).reshape(-1, 5) for z in batches]))
+    p = e / e.sum(1, keepdims=True)
+    found = counted.values()
+    assert set(found) == {"entropy", "diversity", "consistency", "label_free_score"}
+    assert found["entropy"] == pytest.approx(np.mean(-(p * np.log(p)).sum(1)) / np.log(5), rel=1e-5)
+    assert found["consistency"] == pytest.approx(np.mean(p.argmax(1) == 0))
+    assert found["label_free_score"] == pytest.approx(found["diversity"] - found["entropy"])
+    with pytest.raises(KeyError):
+        SCORES["disagreement"][1](found)
 
 
 def test_a_network_that_is_sure_of_one_class_everywhere_looks_worse_than_one_that_is_sure_of_many():

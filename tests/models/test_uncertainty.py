@@ -1,10 +1,13 @@
 """Monte-Carlo dropout against the definition: T full passes, every probability volume upsampled."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures, upsample
+from models.networks.proda import Proda
 from models.uncertainty import (
     UncertaintyRule,
     View,
@@ -23,19 +26,32 @@ def generators(images, seed=0):
     return [torch.Generator().manual_seed(seed + n) for n in range(images)]
 
 
+@pytest.fixture
+def one_head():
+    """A small network of ProDA's with a classifier loud enough to make confident predictions."""
+    torch.manual_seed(0)
+    network = Proda(replace(DeepLabConfig.small(num_classes=7), heads="proda", extra_norm=True))
+    torch.nn.init.normal_(network.layer5.classifier.weight, std=0.5)
+    return network.eval()
+
+
+def thinned(features, mask, t):
+    """What is left of every head's features in a pass."""
+    parts = [part * factors[t, :, :, None, None] for part, factors in zip(features, mask, strict=True)]
+    return HeadFeatures(*parts) if isinstance(features, HeadFeatures) else tuple(parts)
+
+
 @torch.no_grad()
-def full_passes(network, batches, masks, size):
+def full_passes(network, batches, masks, size, temperature=1.0):
     """q_t for every pass, (T, N, C, H, W): the whole network once per pass and view."""
     volumes = []
-    for t in range(masks[0][1].shape[0]):
+    for t in range(len(masks[0][0])):
         total = 0
         views = [(images, mirrored) for images in batches for mirrored in (False, True)]
         for (images, mirrored), mask in zip(views, masks, strict=True):
             features = network.trunk(images.flip(-1) if mirrored else images)
-            dropped = HeadFeatures(
-                features.aux * mask[0][t, :, :, None, None], features.main * mask[1][t, :, :, None, None]
-            )
-            q = upsample(network.classify(dropped).fused().softmax(dim=1), size)
+            scores = network.classify(thinned(features, mask, t)).fused() / temperature
+            q = upsample(scores.softmax(dim=1), size)
             total = total + (q.flip(-1) if mirrored else q)
         volumes.append(total / len(views))
     return torch.stack(volumes)
@@ -85,12 +101,13 @@ RULES = [
 ]
 
 
+@pytest.mark.parametrize("heads", [2, 1])
 @pytest.mark.parametrize("rule", RULES, ids=["mean", "min", "published-min", "std"])
-def test_it_equals_t_full_passes_with_the_same_masks(small, rule):
+def test_it_equals_t_full_passes_with_the_same_masks(small, one_head, rule, heads):
     torch.manual_seed(1)
     batches = [torch.randn(3, 3, 48, 96), torch.randn(3, 3, 60, 120)]
-    masks = draw_masks(generators(3), views=4, passes=6, channels=64, rate=0.3)
-    ours = assert_equals_full_passes(small, batches, masks, SIZE, rule)
+    masks = draw_masks(generators(3), views=4, passes=6, channels=64, rate=0.3, heads=heads)
+    ours = assert_equals_full_passes(small if heads == 2 else one_head, batches, masks, SIZE, rule)
     kept = (ours.label != 255).float().mean().item()
     assert 0.05 < kept < 0.95, "the case must exercise the rule"
 
@@ -194,6 +211,16 @@ def test_one_pass_without_dropout_is_the_plain_multi_view_prediction(small):
     torch.testing.assert_close(labels.confidence, ours.amax(dim=1), atol=1e-6, rtol=0)
 
 
+def test_one_head_without_dropout_is_its_plain_multi_view_prediction(one_head):
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, 48, 96)
+    with torch.no_grad():
+        plain = upsample(one_head(images).main.softmax(dim=1), SIZE)
+        mirrored = upsample(one_head(images.flip(-1)).main.softmax(dim=1), SIZE).flip(-1)
+    ours = mean_probabilities(one_head, trunk_views(one_head, [images]), None, SIZE)
+    torch.testing.assert_close(ours, (plain + mirrored) / 2, atol=1e-6, rtol=0)
+
+
 def test_an_image_gets_the_same_labels_alone_and_in_a_batch(small):
     torch.manual_seed(1)
     images = torch.randn(3, 3, 48, 96)
@@ -220,6 +247,12 @@ def test_masks_drop_the_rate_and_keep_the_expectation():
     assert not torch.equal(masks[0][1][0], masks[0][1][1])
     assert not torch.equal(masks[0][1][:, 0], masks[0][1][:, 1])
     assert not torch.equal(masks[0][0], masks[0][1])
+
+
+def test_a_network_gets_masks_for_as_many_heads_as_it_has():
+    for heads in (1, 2):
+        masks = draw_masks(generators(2), views=3, passes=4, channels=8, heads=heads)
+        assert [[factors.shape for factors in mask] for mask in masks] == [[(4, 2, 8)] * heads] * 3
 
 
 def test_the_same_generator_draws_the_same_masks():
@@ -268,30 +301,28 @@ def test_masks_that_do_not_fit_are_refused(small):
         draw_masks([], views=1, passes=1, channels=8)
 
 
+def test_masks_for_another_number_of_heads_are_refused(small, one_head):
+    for network, heads in ((small, 1), (one_head, 2)):
+        views = trunk_views(network, [torch.randn(2, 3, 48, 96)])
+        masks = draw_masks(generators(2), views=2, passes=3, channels=64, heads=heads)
+        with pytest.raises(ValueError, match=rf"2 images with 64 channels and {3 - heads} heads need \(3, 2, 64\) for"):
+            monte_carlo_labels(network, views, masks, SIZE, UncertaintyRule())
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [2, 1])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_negative_classes_are_those_that_every_pass_finds_impossible(small, temperature):
+def test_negative_classes_are_those_that_every_pass_finds_impossible(small, one_head, temperature, heads):
     """The definition, in float64, from whole passes whose logits are divided by the temperature."""
+    network = small if heads == 2 else one_head
     batches = [torch.randn(2, 3, 48, 96), torch.randn(2, 3, 64, 128)]
-    views = trunk_views(small, batches)
-    masks = draw_masks(generators(2), views=len(views), passes=4, channels=small.config.bottleneck_channels, rate=0.3)
-    passes = []
-    for t in range(4):
-        q = 0.0
-        seen = [(images, mirrored) for images in batches for mirrored in (False, True)]
-        for (images, mirrored), mask in zip(seen, masks, strict=True):
-            features = small.trunk(images.flip(-1) if mirrored else images)
-            dropped = HeadFeatures(
-                features.aux * mask[0][t, :, :, None, None], features.main * mask[1][t, :, :, None, None]
-            )
-            p = upsample((small.classify(dropped).fused() / temperature).softmax(dim=1), SIZE)
-            q = q + (p.flip(-1) if mirrored else p) / len(seen)
-        passes.append(q.double())
-    volumes = torch.stack(passes)
+    views = trunk_views(network, batches)
+    masks = draw_masks(generators(2), views=len(views), passes=4, channels=64, rate=0.3, heads=heads)
+    volumes = full_passes(network, batches, masks, SIZE, temperature).double()
     mean, std = volumes.mean(0), volumes.std(0, correction=0)
     limits = {"max_probability": mean.median().item(), "max_std": std.median().item()}
-    found = negative_labels(small, views, masks, SIZE, temperature=temperature, **limits)
+    found = negative_labels(network, views, masks, SIZE, temperature=temperature, **limits)
     expected = (mean <= limits["max_probability"]) & (std < limits["max_std"])
-    assert found.shape == (2, small.config.num_classes, *SIZE)
+    assert found.shape == (2, network.config.num_classes, *SIZE)
     assert (found == expected).float().mean() > 0.999  # what lies on a limit may fall to either side
     assert 0.05 < expected.float().mean() < 0.95

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,22 +7,53 @@ import torch
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from models.networks.build import Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from models.networks.discriminators import MultiScaleDiscriminator
-from pipelines.export import export_mrnet
+from models.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
+from pipelines.export import export
+from pipelines.options import AdaptOptions, write_config
+from pipelines.recipes.proda import given_prototypes
+from pipelines.results import write_json
+from pipelines.setup import resolve
+from pipelines.trained import describe, load_trained
 from pipelines.weights import load_initial
 from tests.models.conftest import GOLDEN
-from tests.pipelines.test_trained import finished_run
+from tests.own_data import write_own_data
+from tests.pipelines.test_trained import CPU, finished_run
+
+
+def save(folder, step, network, objective=None):
+    state = {"step": step, "teaching": {"network": network.state_dict()}, "objective": objective or {}}
+    assert CheckpointStore(Path(folder) / "checkpoints").save(step, state) is None
+
+
+@pytest.fixture
+def proda(tiny_folder, tmp_path):
+    """A run of ProDA that has prototypes, as it leaves its directory, and its network."""
+
+    def made(**more):
+        given = {"preset": "tiny", "recipe": "proda", "name": "run", "references": "never", **more}
+        setup = resolve(AdaptOptions(runs=str(tmp_path / "runs"), data=str(tiny_folder / "data"), **given))
+        write_config(setup.options)
+        describe(setup)
+        torch.manual_seed(0)
+        network = setup.plan.network()
+        network.prototypes.normal_()
+        save(setup.plan.folder, 5, network)
+        return setup, network
+
+    return made
 
 
 def test_a_flat_state_dict_and_its_options_are_written(tmp_path):
     setup, network = finished_run(tmp_path)
-    done = export_mrnet(setup.plan.folder, str(tmp_path / "out"))
+    done = export(setup.plan.folder, str(tmp_path / "out"))
     assert done.weights.name == "GTA5_3.pth"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"GTA5_3.pth", "opts.yaml"}
     state = torch.load(done.weights, weights_only=True)
     torch.testing.assert_close(state, dict(network.state_dict()))
-    assert done.options.read_text().splitlines() == [
+    (options,) = done.beside
+    assert options.read_text().splitlines() == [
         "model: DeepLab",
         "norm_style: gn",
         "use_se: true",
@@ -34,12 +66,11 @@ def test_discriminators_of_stage_one_are_written_beside_it_in_the_published_layo
     setup, network = finished_run(tmp_path)
     critics = torch.nn.ModuleDict({head: MultiScaleDiscriminator(19) for head in ("aux", "main")})
     for objective in ({"discriminators": critics.state_dict()}, {"inner": {"discriminators": critics.state_dict()}}):
-        state = {"step": 4, "teaching": {"network": network.state_dict()}, "objective": objective}
-        assert CheckpointStore(Path(setup.plan.folder) / "checkpoints").save(4, state) is None
-        done = export_mrnet(setup.plan.folder, str(tmp_path / "out"))
-        assert [path.name for path in done.discriminators] == ["GTA5_4_D1.pth", "GTA5_4_D2.pth"]
+        save(setup.plan.folder, 4, network, objective)
+        done = export(setup.plan.folder, str(tmp_path / "out"))
+        assert [path.name for path in done.beside] == ["GTA5_4_D1.pth", "GTA5_4_D2.pth", "opts.yaml"]
         keys = json.loads((GOLDEN / "mrnet_keys.json").read_text())["ms_discriminator"]
-        for path, head in zip(done.discriminators, ("aux", "main"), strict=True):
+        for path, head in zip(done.beside, ("aux", "main"), strict=False):
             written = torch.load(path, weights_only=True)
             assert {name: list(tensor.shape) for name, tensor in written.items()} == keys
             torch.testing.assert_close(written, dict(critics[head].state_dict()))
@@ -56,17 +87,115 @@ def test_the_published_network_goes_round_at_full_size(tmp_path):
     torch.save(published, tmp_path / "GTA5_25000.pth", _use_new_zipfile_serialization=False)
     other = DeepLab(DeepLabConfig())
     load_initial(str(tmp_path / "GTA5_25000.pth"), other)
-    description["config"] = {**description["config"], **vars(DeepLabConfig())}
+    description["configs"] = [vars(DeepLabConfig())]
     (Path(setup.plan.folder) / "network.json").write_text(json.dumps(description))
-    store = CheckpointStore(Path(setup.plan.folder) / "checkpoints")
-    assert store.save(25_000, {"step": 25_000, "teaching": {"network": other.state_dict()}}) is None
-    done = export_mrnet(setup.plan.folder, str(tmp_path / "out"))
+    save(setup.plan.folder, 25_000, other)
+    done = export(setup.plan.folder, str(tmp_path / "out"))
     assert done.parameters == 93_536_480
     written = torch.load(done.weights, weights_only=True)
     keys = json.loads((GOLDEN / "mrnet_keys.json").read_text())["mrnet_gn_se"]
     assert {name: list(tensor.shape) for name, tensor in written.items()} == keys
     for name, tensor in network.state_dict().items():
         assert torch.equal(written[name], tensor), name
+
+
+def test_a_run_of_proda_is_written_in_its_container_with_the_prototypes_apart(proda, tmp_path):
+    setup, network = proda()
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert done.weights.name == "from_synthia_to_cityscapes_on_deeplabv2_5_model.pkl"
+    (apart,) = done.beside
+    assert apart.name == "prototypes_on_cityscapes_from_deeplabv2"
+    found = torch.load(done.weights, weights_only=True)
+    assert (set(found), found["iter"], found["best_iou"]) == ({"ResNet101", "iter", "best_iou"}, 5, None)
+    assert set(found["ResNet101"]) == {"model_state", "objective_vectors"}
+    assert set(found["ResNet101"]["model_state"]) == set(network.state_dict()) - {"prototypes"}
+    torch.testing.assert_close(found["ResNet101"]["objective_vectors"], network.prototypes)
+    torch.testing.assert_close(given_prototypes(str(apart), network), network.prototypes)
+
+
+@pytest.mark.parametrize(
+    ("bench", "source", "target"), [("gta2city", "gta5", "cityscapes"), ("city2robot", "cityscapes", "robotcar")]
+)
+def test_files_of_proda_are_named_after_the_published_datasets(proda, tmp_path, bench, source, target):
+    setup, _ = proda(benchmark=bench)
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert done.weights.name == f"from_{source}_to_{target}_on_deeplabv2_5_model.pkl"
+    assert done.beside[0].name == f"prototypes_on_{target}_from_deeplabv2"
+
+
+def test_files_of_proda_are_named_after_the_descriptions_of_ones_own_folders(proda, tmp_path):
+    source, target = write_own_data(tmp_path / "own")
+    setup, _ = proda(source=source, target=target)
+    (tmp_path / "own").rename(tmp_path / "gone")
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert done.weights.name == "from_source_to_target_on_deeplabv2_5_model.pkl"
+
+
+def test_a_warm_up_has_a_discriminator_and_no_prototypes_yet(proda, tmp_path):
+    setup, network = proda()
+    network.prototypes.zero_()
+    critic = PatchDiscriminator(19, 4).state_dict()
+    for step, objective in ((6, {"discriminator": critic}), (7, {"inner": {"discriminator": critic}})):
+        save(setup.plan.folder, step, network, objective)
+        done = export(setup.plan.folder, str(tmp_path / str(step)))
+        assert done.beside == ()
+        found = torch.load(done.weights, weights_only=True)
+        torch.testing.assert_close(found["FCDiscriminator"], {"model_state": dict(critic)})
+        assert not found["ResNet101"]["objective_vectors"].any()
+
+
+@pytest.mark.parametrize(("steps", "best"), [(5, 0.305), (9, None)])
+def test_the_score_of_the_last_step_goes_along_as_a_share(proda, tmp_path, steps, best):
+    setup, _ = proda()
+    write_json(Path(setup.plan.folder) / "results.json", {"steps": steps, "scores": {"adapted": {"miou": 30.5}}})
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert torch.load(done.weights, weights_only=True)["best_iou"] == best
+
+
+@pytest.mark.parametrize("extra_norm", [False, True])
+def test_what_was_exported_of_proda_is_a_start_again(proda, tmp_path, extra_norm):
+    """With the extra norm that networks behind a SimCLR backbone have: for the stage after that one."""
+    setup, network = proda()
+    if extra_norm:
+        torch.manual_seed(1)
+        build = Build(replace(setup.preset.network, extra_norm=True))
+        network = build()
+        network.prototypes.normal_()
+        describe(replace(setup, plan=replace(setup.plan, network=build)))
+        save(setup.plan.folder, 6, network)
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    more = {"from_stage": 4, "proda": replace(setup.options.proda, extra_norm="on")} if extra_norm else {}
+    again = resolve(replace(setup.options, init=str(done.weights), **more))
+    found = again.plan.network()
+    again.plan.initial(found)
+    torch.testing.assert_close(dict(found.state_dict()), dict(network.state_dict()))
+    torch.testing.assert_close(
+        dict(load_trained(setup.plan.folder, CPU).network.state_dict()), dict(network.state_dict())
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "extra_norm"), [("proda", False), ("proda_bn_clr", True)])
+def test_the_file_of_proda_has_the_published_names_and_shapes_at_full_size(proda, tmp_path, layout, extra_norm):
+    setup, _ = proda(benchmark="gta2city")
+    config = DeepLabConfig(heads="proda", bottleneck_channels=256, pixels="rgb_unit", extra_norm=extra_norm)
+    describe(replace(setup, plan=replace(setup.plan, network=Build(config))))
+    save(setup.plan.folder, 6, Build(config)())
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert done.parameters == 65_063_568 + 4_096 * extra_norm
+    state = torch.load(done.weights, weights_only=True, mmap=True)["ResNet101"]["model_state"]
+    keys = json.loads((GOLDEN / "proda_keys.json").read_text())[layout]
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == keys
+
+
+def test_a_layout_of_another_system_is_refused_with_the_one_that_fits(proda, tmp_path):
+    setup, _ = proda()
+    with pytest.raises(RunError, match=r"heads of proda, which the layout mrnet cannot hold; .* --layout proda"):
+        export(setup.plan.folder, str(tmp_path / "out"), "mrnet")
+    other, _ = finished_run(tmp_path / "other")
+    with pytest.raises(RunError, match=r"heads of mrnet, which the layout proda cannot hold; .* --layout mrnet"):
+        export(other.plan.folder, str(tmp_path / "out"), "proda")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_a_checkpoint_and_a_full_disk_are_sentences(tmp_path, monkeypatch):
@@ -77,7 +206,7 @@ def test_a_run_without_a_checkpoint_and_a_full_disk_are_sentences(tmp_path, monk
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunError, match=r"the weights cannot be written to .*out: .*No space left"):
-        export_mrnet(setup.plan.folder, str(tmp_path / "out"))
+        export(setup.plan.folder, str(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(RunError, match="is no run directory"):
-        export_mrnet(str(tmp_path), str(tmp_path / "out"))
+        export(str(tmp_path), str(tmp_path / "out"))

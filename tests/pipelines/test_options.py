@@ -19,6 +19,7 @@ def test_a_config_is_read_as_it_was_written(tmp_path):
     options = AdaptOptions(
         benchmark="gta2city",
         recipe="mrnet",
+        classes=13,
         steps=50,
         seed=4,
         faithful=True,
@@ -139,6 +140,11 @@ def test_labels_are_made_again_without_end_unless_the_published_system_is_asked_
     assert AdaptOptions(refresh=given, faithful=faithful).resolved_refresh == resolved
 
 
+def test_classes_of_images_of_ones_own_are_those_of_their_files():
+    with pytest.raises(RunError, match=r"--classes 16 belongs to the published benchmarks; .* leave it out"):
+        AdaptOptions(classes=16, source="a.toml", target="b.toml")
+
+
 def test_the_preset_follows_the_data():
     assert AdaptOptions().resolved_preset == "mini"
     assert AdaptOptions(data_root="/data").resolved_preset == "full"
@@ -163,6 +169,7 @@ def test_every_option_has_a_sentence_of_help():
     "options",
     [
         AdaptOptions(),
+        AdaptOptions(classes=16, recipe="proda"),
         AdaptOptions(benchmark="gta2city", steps=400, seed=3, faithful=True, cache=False, data_root="/a folder/x"),
         AdaptOptions(source="a.toml", target="b.toml", eplc=EplcOptions(keep_share=0.4, class_weights="published")),
         AdaptOptions(

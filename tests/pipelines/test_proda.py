@@ -142,6 +142,7 @@ def batch(seed=0, weight=1.0):
 
 def denoising(student, average, options=None, fresh=False, regular=0.1, reader=None):
     options = (options or ProdaOptions(average_mode="eval")).resolved(False)
+    options = replace(options, temperature=options.temperature or 1.0, momentum=options.momentum or 1e-4)
     return DenoisingObjective(
         TERM, options, VIEWS, regular, reader or Pictures(), context(student, average, fresh=fresh)
     )

@@ -231,7 +231,7 @@ def test_the_cameras_own_bonnet_is_left_out_where_there_is_one():
     assert rule(EplcOptions(ignore_bottom=0.1)).ignore_bottom == 0.1
 
 
-@pytest.mark.parametrize(("classes", "values"), [(2, 1), (3, 1), (9, 4), (19, 10), (40, 10)])
+@pytest.mark.parametrize(("classes", "values"), [(2, 1), (3, 1), (9, 4), (13, 6), (16, 8), (19, 10), (40, 10)])
 def test_a_crop_of_few_classes_need_not_show_many(classes, values):
     stage = stages("eplc", EplcOptions(), num_classes=classes)[1]
     assert stage.streams["target"][2].more_than_values == values

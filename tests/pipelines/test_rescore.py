@@ -7,13 +7,17 @@ import torch
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from models.networks.build import Build
 from pipelines.datasets import Split
 from pipelines.datasets.classes import ClassSet
 from pipelines.options import AdaptOptions
+from pipelines.recipes.proda import ProdaOptions
 from pipelines.rescore import PerImage, rescore, score_file
 from pipelines.results import read_confusion, score_lines, write_json
 from pipelines.setup import resolve
 from pipelines.trained import describe
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -88,8 +92,69 @@ def test_a_backbone_alone_and_another_network_are_no_scores(options, snapshot, t
     torch.save(backbone, path)
     with pytest.raises(RunError, match="is a backbone alone, which cannot be scored"):
         score_file(path, {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
-    with pytest.raises(RunError, match=r"GTA5_7\.pth: the pretrained file does not fit"):
-        score_file(path, {"preset": "mini", "data": options.data}, str(tmp_path / "out"))
+    torch.save({**network.state_dict(), "layer7.weight": torch.zeros(1)}, path)
+    with pytest.raises(RunError, match=r"GTA5_7\.pth: the checkpoint belongs to another network: 1 unexpected"):
+        score_file(path, {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
+
+
+def published(options, folder, *, extra_norm=False, prototypes=True):
+    """A file of ProDA for these options, its network, and the setup."""
+    setup = resolve(replace(options, recipe="proda"))
+    build = Build(replace(setup.preset.network, extra_norm=extra_norm))
+    setup = replace(setup, plan=replace(setup.plan, network=build))
+    torch.manual_seed(0)
+    state = dict((network := build()).state_dict())
+    vectors = state.pop("prototypes")
+    inner = {"model_state": state, **({"objective_vectors": vectors} if prototypes else {})}
+    torch.save({"ResNet101": inner, "iter": 7, "best_iou": None}, folder / "best_model.pkl")
+    return str(folder / "best_model.pkl"), network, setup
+
+
+@pytest.mark.parametrize("classes", [None, 16, 13])
+@pytest.mark.parametrize("extra_norm", [False, True])
+def test_a_file_of_proda_is_scored_as_its_run_is_whatever_it_was_asked_for(options, tmp_path, classes, extra_norm):
+    """One head and the number of its outputs are seen in the file; images are RGB in [0, 1], whole, in one view."""
+    options = replace(options, classes=classes)
+    path, network, setup = published(options, tmp_path, extra_norm=extra_norm, prototypes=not extra_norm)
+    found = score_file(path, {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
+    assert setup.preset.network.pixels == "rgb_unit"
+    expected = setup.make_scorer()(CPU).score({name: t.numpy() for name, t in network.state_dict().items()})
+    del expected["confusion"]
+    assert found["scores"]["adapted"] == expected
+    assert found["class_names"] == list(setup.benchmark.classes.names)
+    assert found["protocol"]["outputs"] == (classes or 19)
+    assert found["protocol"]["views"] == [[128, 64, False]]
+    assert found["protocol"]["network"] == "best_model.pkl"
+
+
+def test_a_file_of_mrnet_with_fewer_outputs_is_scored_with_them(options, tmp_path):
+    network = resolve(replace(options, classes=16)).plan.network()
+    torch.save(network.state_dict(), tmp_path / "GTA5_7.pth")
+    found = score_file(str(tmp_path / "GTA5_7.pth"), {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
+    assert (found["protocol"]["classes"], found["protocol"]["outputs"]) == (16, 16)
+
+
+def test_a_number_of_outputs_that_the_benchmark_does_not_have_is_refused(options, tmp_path):
+    path, _, _ = published(replace(options, benchmark="city2robot"), tmp_path)
+    with pytest.raises(
+        RunError, match=r"a classifier of 9 outputs, and synthia2city has 19 or 16 or 13 classes; give the --benchmark"
+    ):
+        score_file(path, {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
+    data = {"benchmark": "city2robot", "preset": "tiny", "data": options.data}
+    assert score_file(path, data, str(tmp_path / "out"))["protocol"]["classes"] == 9
+
+
+def test_a_run_that_ended_with_a_network_of_a_stages_own_is_scored(options, tmp_path):
+    """Behind a SimCLR backbone ProDA's networks have another norm than those of the stages before."""
+    backbone = resolve(replace(options, recipe="proda")).plan.network().state_dict()
+    torch.save({name: tensor for name, tensor in backbone.items() if "layer5" not in name}, tmp_path / "simclr.pth")
+    options = replace(options, recipe="proda", proda=ProdaOptions(simclr=str(tmp_path / "simclr.pth")))
+    setup = resolve(options)
+    describe(setup)
+    last = setup.plan.networks[-1]()
+    assert last.state_dict().keys() != setup.plan.network().state_dict().keys()
+    save(options, last)
+    assert rescore(options)["scores"]["adapted"]["images"] == len(setup.domains.validation)
 
 
 def test_the_newest_checkpoint_is_scored_and_other_rows_are_those_of_the_run(options):

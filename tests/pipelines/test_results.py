@@ -9,7 +9,7 @@ from pipelines.setup import resolve
 
 DESIGN = {
     "": "benchmark recipe data protocol scores gap_closed seconds student teachers label_age_steps seed versions",
-    "protocol": "classes label_size network views",
+    "protocol": "classes outputs label_size network views",
     "scores": "source_only adabn adapted oracle",
     "student": "images_per_s wait_share precision",
     "teachers": "images_per_s idle_share",
@@ -77,6 +77,16 @@ def test_a_score_stands_with_all_that_decides_it(setup):
     assert "weights GTA5_7.pth" in protocol_sentence({**found["protocol"], "network": "GTA5_7.pth"})
 
 
+def test_sixteen_classes_of_sixteen_outputs_are_told_from_those_of_nineteen(setup):
+    own = resolve(replace(setup.options, classes=16))
+    for run, outputs in ((setup, 19), (own, 16)):
+        found = results(run, adapted=30.0)["protocol"]
+        assert (found["classes"], found["outputs"]) == (16, outputs)
+        assert protocol_sentence(found).startswith(f"16 classes of {outputs} outputs; adapted = ema network")
+    del found["outputs"]  # as earlier versions wrote it
+    assert protocol_sentence(found).startswith("16 classes; adapted = ema network")
+
+
 def test_the_result_has_the_keys_of_the_design(setup):
     found = results(setup, source_only=20.0, adabn=22.0, adapted=30.0, oracle=40.0)
     assert set(found) == set(DESIGN[""].split()) | EXTRAS
@@ -87,6 +97,7 @@ def test_the_result_has_the_keys_of_the_design(setup):
     assert found["data"] == "miniature"
     assert found["protocol"] == {
         "classes": 16,
+        "outputs": 19,
         "label_size": [128, 64],
         "network": "ema",
         "views": [[128, 64, False]],

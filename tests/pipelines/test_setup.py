@@ -12,6 +12,7 @@ import torch
 
 from actors.errors import RunError
 from pipelines.benchmarks import benchmark
+from pipelines.datasets.dataset import DataError
 from pipelines.options import AdaptOptions
 from pipelines.recipes import recipe
 from pipelines.recipes.mrnet import MrnetOptions
@@ -46,6 +47,27 @@ def test_a_run_is_as_long_as_it_was_asked_to_be_whatever_its_recipe_runs(tiny_fo
 def test_the_published_system_labels_once(tiny_folder, faithful, refresh):
     (plan,) = resolve(options(tiny_folder, faithful=faithful)).labels.values()
     assert plan.policy.refresh == refresh
+
+
+@pytest.mark.parametrize(("classes", "protocols"), [(16, ["16", "13"]), (13, ["13"])])
+def test_a_network_may_have_as_many_outputs_as_proda_trains_on_synthia(tiny_folder, classes, protocols):
+    setup = resolve(options(tiny_folder, classes=classes))
+    assert setup.plan.network().layer6.classifier.weight.shape[0] == classes
+    assert [*setup.benchmark.protocols] == protocols
+    for split in (setup.domains.source, setup.domains.validation):
+        found = {int(value) for index in range(len(split)) for value in np.unique(split.label(index))}
+        assert found - {255} <= set(range(classes))
+        assert len(found) > 5
+    assert len(resolve(options(tiny_folder)).benchmark.classes) == len(
+        resolve(options(tiny_folder, classes=19)).benchmark.classes
+    )
+
+
+@pytest.mark.parametrize(("bench", "classes"), [("city2robot", 16), ("synthia2city", 9), ("gta2city", 0)])
+def test_a_number_of_classes_that_a_benchmark_does_not_have_is_refused_before_it_is_rendered(tmp_path, bench, classes):
+    with pytest.raises(DataError, match=rf"{bench} cannot have {classes} classes: .* Ask for"):
+        resolve(AdaptOptions(benchmark=bench, classes=classes, data=str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_blocks_fall_to_every_teacher(tiny_folder):

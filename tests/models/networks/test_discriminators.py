@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from models.losses import discriminator_loss, generator_loss
-from models.networks.discriminators import MultiScaleDiscriminator
+from models.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +109,46 @@ def test_the_generator_loss_doubles_the_sum_over_scales():
 def test_a_discriminator_without_classes_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         MultiScaleDiscriminator(0)
+
+
+# ProDA's.
+
+
+def test_prodas_parameter_count_is_the_published_one():
+    with torch.device("meta"):
+        network = PatchDiscriminator(19)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 1_560_705
+
+
+@torch.no_grad()
+def test_prodas_layers_are_four_strided_convolutions_and_a_pointwise_one():
+    """Layer by layer in float64, the last rectifier leaky."""
+    torch.manual_seed(0)
+    network, fake = PatchDiscriminator(3, width=4), torch.rand(2, 3, 50, 36)
+    assert [tuple(conv.weight.shape) for conv in network.convs] == [
+        (4, 3, 3, 3),
+        (8, 4, 3, 3),
+        (16, 8, 3, 3),
+        (32, 16, 3, 3),
+    ]
+    functional, x = torch.nn.functional, fake.double()
+    for number, conv in enumerate(network.convs):
+        x = functional.conv2d(x, conv.weight.double(), conv.bias.double(), stride=2, padding=1)
+        x = torch.where(x > 0, x, 0.2 * x if number == 3 else 0 * x)
+    weight, bias = network.classifier.weight.double(), network.classifier.bias.double()
+    expected = torch.einsum("ck,nkhw->nchw", weight[:, :, 0, 0], x) + bias[:, None, None]
+    found = network(fake)
+    assert found.shape == (2, 1, 4, 3)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_prodas_map_of_a_full_crop_has_stride_16():
+    with torch.device("meta"):
+        network = PatchDiscriminator(19)
+        assert network(torch.empty(1, 19, 512, 896)).shape == (1, 1, 32, 56)
+
+
+@pytest.mark.parametrize(("classes", "width"), [(0, 64), (19, 0)])
+def test_prodas_discriminator_without_classes_or_width_is_refused(classes, width):
+    with pytest.raises(ValueError, match=f"num_classes is {classes} and width is {width}; both must be at least 1"):
+        PatchDiscriminator(classes, width)

@@ -1,8 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from models.networks.build import Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from models.networks.layouts import is_whole_network, load, strip_parallel
+from models.networks.layouts import described, is_whole_network, load, load_backbone, strip_parallel
+
+BACKBONE = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
 
 def tiny(num_classes=3):
@@ -44,7 +49,7 @@ def test_an_imagenet_file_without_a_prefix_fits_too():
     assert torch.equal(ours.conv1.weight, theirs.conv1.weight)
 
 
-def test_both_heads_make_a_whole_network_and_the_init_with_its_one_head_is_none():
+def test_a_head_makes_a_whole_network_and_the_init_with_a_part_of_one_is_none():
     whole = tiny().state_dict()
     assert is_whole_network(whole)
     assert is_whole_network({f"module.{key}": value for key, value in whole.items()})
@@ -70,10 +75,165 @@ def test_a_file_of_something_else_names_the_first_few_of_many():
 
 
 def test_a_backbone_of_another_width_is_refused():
-    small = {k: v for k, v in DeepLab(DeepLabConfig.small()).state_dict().items() if "layer6" not in k}
+    small = {k: v for k, v in DeepLab(DeepLabConfig.small()).state_dict().items() if k.startswith(BACKBONE)}
     with pytest.raises(
         ValueError, match=r"does not fit this backbone: .*of another shape \(conv1\.weight is \(12, 3, 7, 7\)"
     ):
         load(tiny(), small)
     with pytest.raises(ValueError, match="missing"):
         load(tiny(), {"Scale.conv1.weight": torch.zeros(4, 3, 7, 7)})
+
+
+# ProDA's files.
+
+PRODA = DeepLabConfig(
+    3, (1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=8, groups=4, heads="proda", pixels="rgb_unit"
+)
+
+
+def proda(seed=0, **changes):
+    """A network whose prototypes are not those of a fresh one."""
+    torch.manual_seed(seed)
+    network = Build(replace(PRODA, **changes))()
+    with torch.no_grad():
+        network.prototypes.normal_()
+    return network
+
+
+def published(network):
+    """A file keeps prototypes elsewhere or nowhere."""
+    return {key: value for key, value in network.state_dict().items() if key != "prototypes"}
+
+
+def unlike(one, other):
+    """Names of the tensors in which two networks of one kind differ."""
+    theirs = other.state_dict()
+    return {key for key, value in one.state_dict().items() if not torch.equal(value, theirs[key])}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "given",
+    [{"num_classes": 5}, {"extra_norm": True}, {"heads": "mrnet"}, {"heads": "mrnet", "num_classes": 4}],
+)
+def test_a_file_tells_heads_classes_and_extra_norm_of_its_network(given, prefix):
+    asked = replace(PRODA, num_classes=9, dropout=0.4)
+    state = {f"{prefix}{key}": value for key, value in Build(replace(PRODA, **given))().state_dict().items()}
+    expected = replace(asked, **{"num_classes": 3, "extra_norm": False, **given})
+    assert described(state, asked) == expected
+    load(Build(expected)(), state)
+
+
+def test_what_a_file_tells_comes_before_what_was_asked_for():
+    asked = replace(PRODA, extra_norm=True)
+    assert described(proda().state_dict(), asked) == PRODA
+    assert described(tiny().state_dict(), asked) == replace(PRODA, heads="mrnet")
+
+
+def test_a_file_without_a_head_tells_nothing():
+    backbone = {f"Scale.{key}": value for key, value in proda().state_dict().items() if key.startswith(BACKBONE)}
+    for state in (backbone, {**backbone, "Scale.layer5.conv2d_list.3.weight": torch.zeros(21, 2048, 3, 3)}, {}):
+        assert described(state, PRODA) is PRODA
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("extra_norm", [False, True])
+def test_prototypes_may_be_absent_and_stay_as_they_were(extra_norm, prefix):
+    ours, theirs = proda(1, extra_norm=extra_norm), proda(2, extra_norm=extra_norm)
+    state = {f"{prefix}{key}": value for key, value in published(theirs).items()}
+    assert is_whole_network(state)
+    assert load(ours, state) == len(ours.state_dict()) - 1
+    assert unlike(ours, theirs) == {"prototypes"}
+    assert unlike(ours, proda(1, extra_norm=extra_norm)) >= {"conv1.weight", "layer5.head.1.weight"}
+    assert torch.equal(ours.prototypes, proda(1, extra_norm=extra_norm).prototypes)
+
+
+def test_prototypes_that_are_there_are_loaded_and_must_fit():
+    ours, theirs = proda(1), proda(2)
+    load(ours, theirs.state_dict())
+    assert not unlike(ours, theirs)
+    with pytest.raises(ValueError, match=r"1 of another shape \(prototypes is \(19, 8\), needed is \(3, 8\)\)"):
+        load(ours, {**published(theirs), "prototypes": torch.zeros(19, 8)})
+    with pytest.raises(ValueError, match=r"1 unexpected \(prototypes\)"):
+        load(tiny(), {**tiny().state_dict(), "prototypes": torch.zeros(3, 8)})
+
+
+def test_nothing_else_may_be_absent():
+    ours = proda(1)
+    for name in ("layer5.bottleneck.0.se.0.bias", "bn1.num_batches_tracked"):
+        state = published(proda(2))
+        del state[name]
+        with pytest.raises(ValueError, match=rf"another network: 1 missing \({name}\)"):
+            load(ours, state)
+    assert not unlike(ours, proda(1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "said"),
+    [
+        ({"extra_norm": True}, {}, r"5 missing \(bn_pretrain\.weight"),
+        ({}, {"extra_norm": True}, r"5 unexpected \(bn_pretrain\.weight"),
+        ({}, {"heads": "mrnet"}, r"unexpected \(layer6"),
+        ({"heads": "mrnet"}, {}, r"missing \(layer6"),
+    ],
+)
+def test_files_of_the_familys_other_members_are_refused(asked, given, said):
+    network = Build(replace(PRODA, **asked))()
+    with pytest.raises(ValueError, match=f"the checkpoint belongs to another network: .*{said}"):
+        load(network, Build(replace(PRODA, **given))().state_dict())
+
+
+def test_the_pretrained_init_leaves_head_extra_norm_and_prototypes():
+    ours, theirs = proda(1, extra_norm=True), proda(2, extra_norm=True)
+    state = {f"Scale.{key}": value for key, value in theirs.state_dict().items() if key.startswith(BACKBONE)}
+    load(ours, state)
+    assert {key.partition(".")[0] for key in unlike(ours, theirs)} == {"layer5", "prototypes"}
+    assert not any(key.startswith("layer5") for key in unlike(ours, proda(1, extra_norm=True)))
+
+
+def simclr(network):
+    """A file with the names of a backbone and others besides, some of them known to our heads."""
+    state = {key: value for key, value in network.state_dict().items() if key.startswith(BACKBONE)}
+    return {
+        **state,
+        "fc.weight": torch.zeros(1000, 2048),
+        "contrastive_head.0.weight": torch.zeros(4, 4),
+        "layer5.head.1.weight": torch.zeros(7),
+        "bn_pretrain.weight": torch.zeros(7),
+        "prototypes": torch.zeros(7),
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_of_a_simclr_file_only_the_backbone_is_taken(prefix):
+    ours, theirs = proda(1, extra_norm=True), proda(2, extra_norm=True)
+    with torch.no_grad():
+        theirs.bn1.running_mean.normal_()
+    state = {f"{prefix}{key}": value for key, value in simclr(theirs).items()}
+    backbone = {key for key in theirs.state_dict() if key.startswith(BACKBONE)}
+    assert load_backbone(ours, state) == len(backbone)
+    assert not unlike(ours, theirs) & backbone
+    assert not unlike(ours, proda(1, extra_norm=True)) - backbone
+
+
+def test_a_simclr_file_need_not_have_every_name():
+    ours, theirs = proda(1), proda(2)
+    state = {key: value for key, value in simclr(theirs).items() if not key.endswith("num_batches_tracked")}
+    del state["conv1.weight"]
+    load_backbone(ours, state)
+    assert torch.equal(ours.layer1[0].conv1.weight, theirs.layer1[0].conv1.weight)
+    assert "conv1.weight" not in unlike(ours, proda(1))
+
+
+def test_a_simclr_file_of_something_else_is_refused_before_anything_is_loaded():
+    ours = proda(1)
+    with pytest.raises(
+        ValueError, match=r"none of its 4 tensors \(net\.0, net\.1, layer5\.head\.1\.weight and others\) belongs to"
+    ):
+        load_backbone(ours, {name: torch.zeros(1) for name in ("net.0", "net.1", "layer5.head.1.weight", "fc.weight")})
+    wide = simclr(proda(2, width=8))
+    with pytest.raises(
+        ValueError, match=r"of another shape \(conv1\.weight is \(8, 3, 7, 7\), needed is \(4, 3, 7, 7\)"
+    ):
+        load_backbone(ours, {"conv1.weight": wide["conv1.weight"], "bn1.weight": torch.zeros(4)})
+    assert not unlike(ours, proda(1))

@@ -8,8 +8,11 @@ import pytest
 from PIL import Image
 
 from actors.errors import RunError, UnreadableImage
-from pipelines.datasets.classes import CITYSCAPES_19, PROTOCOLS
+from pipelines.datasets.classes import CITYSCAPES_13, CITYSCAPES_16, CITYSCAPES_19, PROTOCOLS
+from pipelines.options import DataOptions
+from pipelines.pseudo_labels.exchange import import_labels
 from pipelines.pseudo_labels.layouts import LAYOUTS, FolderLayout
+from pipelines.pseudo_labels.table import Table
 
 IMAGE = "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
 STEM = "aachen_000000_000019_leftImg8bit"
@@ -160,6 +163,82 @@ def test_a_colour_picture_is_no_label_and_a_confidence_of_another_size_is_refuse
     np.save(tmp_path / f"{STEM}_conf.npy", np.zeros((3, 3), np.float16))
     with pytest.raises(UnreadableImage, match=r"its confidence .*_conf\.npy is \(3, 3\), the label \(32, 48\)"):
         LAYOUTS["proda"].read(tmp_path, image, ids("proda"))
+
+
+NARROW = {16: CITYSCAPES_16, 13: CITYSCAPES_13}
+
+
+def narrow_ids(name, classes):
+    """As a benchmark of fewer classes has them: its own count from 0, and `kept` says which of the 19 they are."""
+    return LAYOUTS[name].ids(classes, range(classes), PROTOCOLS[str(classes)])
+
+
+@pytest.mark.parametrize("classes", NARROW)
+@pytest.mark.parametrize("name", FILES)
+def test_with_fewer_classes_files_hold_the_same_numbers_and_come_back_as_they_went(name, classes, tmp_path, image):
+    """A file of train ids keeps them, whatever outputs a network has; methods §2.2: bicycle is 18, or 15 of 16."""
+    made, sure = label((*range(classes), 255))
+    known = narrow_ids(name, classes)
+    LAYOUTS[name].write(tmp_path / "out", image, made, sure, known, NARROW[classes])
+    with Image.open(LAYOUTS[name].path(tmp_path / "out", image)) as stored:
+        numbers, colours = np.asarray(stored), np.asarray(stored.convert("RGB"))
+    train_ids = np.array(PROTOCOLS[str(classes)])
+    contiguous = LAYOUTS[name].contiguous
+    factor = numbers.shape[0] // made.shape[0]
+    assert set(np.unique(numbers)) == {*(range(classes) if contiguous else train_ids), LAYOUTS[name].withheld}
+    bicycle = classes - 1 if contiguous else 18
+    np.testing.assert_array_equal(numbers[::factor, ::factor] == bicycle, made == classes - 1)
+    if LAYOUTS[name].palette:
+        expected = np.array(CITYSCAPES_19.palette)[train_ids][made[made != 255]]
+        np.testing.assert_array_equal(colours[::factor, ::factor][made != 255], expected)
+    found, _ = LAYOUTS[name].read(tmp_path / "out", image, known)
+    np.testing.assert_array_equal(found[::factor, ::factor], made)
+
+
+@pytest.mark.parametrize("classes", NARROW)
+def test_a_class_that_was_dropped_is_withheld_when_a_file_names_it(classes, tmp_path, image):
+    path = LAYOUTS["mrnet"].path(tmp_path, image)
+    path.parent.mkdir(parents=True)
+    numbers = np.arange(19, dtype=np.uint8)[None]
+    Image.fromarray(numbers).save(path)
+    found, _ = LAYOUTS["mrnet"].read(tmp_path, image, narrow_ids("mrnet", classes))
+    kept = PROTOCOLS[str(classes)]
+    assert found[0].tolist() == [kept.index(i) if i in kept else 255 for i in range(19)]
+
+
+def test_negative_labels_stand_at_the_numbers_of_their_classes(tmp_path, image):
+    rng = np.random.default_rng(2)
+    known = rng.random((16, *SIZE[::-1])) < 0.3
+    more = {"negative": np.packbits(known, axis=0, bitorder="little")}
+    LAYOUTS["eplc"].write(tmp_path, image, *label(range(16)), narrow_ids("eplc", 16), CITYSCAPES_16, more)
+    with np.load(tmp_path / "aachen" / f"{STEM}.npz") as file:
+        bits = np.unpackbits(file["neg"], axis=0, bitorder="little")[:, ::2, ::2].astype(bool)
+    np.testing.assert_array_equal(bits[list(PROTOCOLS["16"])], known)
+    assert not bits[[9, 14, 16, *range(19, 24)]].any()
+
+
+@pytest.mark.parametrize("classes", NARROW)
+def test_soft_labels_of_fewer_classes_have_a_map_for_each(classes, tmp_path, image):
+    p = np.random.default_rng(1).dirichlet(np.ones(classes), (5, 7)).transpose(2, 0, 1).astype(np.float32)
+    layout, known = LAYOUTS["proda-soft"], narrow_ids("proda-soft", classes)
+    layout.write_soft(tmp_path, image, p, known)
+    np.testing.assert_allclose(np.load(tmp_path / f"{STEM}.npy"), p, rtol=1e-5)
+    found, _ = layout.read(tmp_path, image, known)
+    np.testing.assert_array_equal(found, p.argmax(0))
+
+
+def test_a_folder_of_train_ids_is_imported_for_a_network_of_sixteen_outputs(tiny, tiny_folder, tmp_path):
+    numbers = np.array([[0, 8, 9, 10, 18, 255]], np.uint8)
+    for path in tiny.target.image_paths:
+        file = LAYOUTS["mrnet"].path(tmp_path / "labels", path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbers).save(file)
+    options = DataOptions(classes=16, preset="tiny", data=str(tiny_folder / "data"))
+    out = str(tmp_path / "x.parquet")
+    import_labels(options, str(tmp_path / "labels"), "mrnet", out, lambda *_: None)
+    table = Table(out)
+    assert table.classes == CITYSCAPES_16.names
+    assert table.get(tiny.target.image_ids[0]).label.tolist() == [[0, 8, 255, 9, 15, 255]]
 
 
 def test_a_layout_with_too_few_numbers_says_so():

@@ -112,7 +112,7 @@ def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
 
 
 def _scored_as(options: AdaptOptions, found: DeepLabConfig) -> AdaptOptions:
-    """The options of a run whose network a file's is.
+    """The options of a run whose network a file's is: of the system that its heads are called after.
 
     Raises:
         RunError: the benchmark has not as many classes as the network has outputs.
@@ -123,8 +123,7 @@ def _scored_as(options: AdaptOptions, found: DeepLabConfig) -> AdaptOptions:
             f"{options.init} has a classifier of {found.num_classes} outputs, and {options.benchmark} has "
             f"{' or '.join(map(str, known))} classes; give the --benchmark that it was trained for"
         )
-    recipe = "proda" if found.heads == "proda" else options.recipe
-    return replace(options, recipe=recipe, classes=found.num_classes)
+    return replace(options, recipe=found.heads, classes=found.num_classes)
 
 
 def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Path) -> dict[str, Any]:

@@ -110,8 +110,6 @@ class DeepLabConfig:
             raise ValueError(f"norm is {self.norm!r}; choose one of {', '.join(NORMS)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; a rate lies in [0, 1)")
-        if self.extra_norm and self.heads != "proda":
-            raise ValueError("extra_norm belongs to heads='proda'; leave it out")
         for name in ("branch_channels", "bottleneck_channels"):
             channels = getattr(self, name)
             if self.norm == "gn" and channels % self.groups:
@@ -280,6 +278,8 @@ class DeepLab(Segmenter):
 
     def __init__(self, config: DeepLabConfig) -> None:
         super().__init__(config)
+        if config.extra_norm:
+            raise ValueError("extra_norm belongs to a network with one head on stage four; leave it out")
         self.layer5 = Head(config.width * 16, config)
         self.layer6 = Head(config.width * 48, config)
 

@@ -615,6 +615,7 @@ def _warm_up(ingredients: Ingredients, options: ProdaOptions) -> StagePlan:
 def _denoising(ingredients: Ingredients, options: ProdaOptions) -> StagePlan:
     preset, views = ingredients.preset, _views(ingredients, options, 1)
     denoised = options.denoise == "teacher"
+    assert options.temperature is not None
     rule = PrototypeRule(
         num_classes=ingredients.num_classes,
         size=preset.stages[1].target_size,
@@ -625,7 +626,6 @@ def _denoising(ingredients: Ingredients, options: ProdaOptions) -> StagePlan:
         threshold=options.threshold,
         ignore_bottom=_bottom(ingredients, options),
     )
-    assert options.temperature is not None
     regular = options.regular if options.regular is not None else (0.0 if ingredients.sure else 0.1)
     assert ingredients.reader is not None
     return _stage(

@@ -1,12 +1,16 @@
+import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from actors.records import decode, encode
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.proda import Proda
 from models.uncertainty import draw_masks, negative_labels, trunk_views
-from pipelines.label_rules import MonteCarloRule
+from pipelines.label_rules import MonteCarloRule, PrototypeRule
 from pipelines.selections import PercentileSelection
 from pipelines.views import network_input
 
@@ -131,3 +135,214 @@ def test_negative_classes_are_bits_of_a_column_of_their_own(network):
         np.testing.assert_array_equal(before.columns["label"], after.columns["label"])
         bits = np.unpackbits(after.columns["negative"], axis=0, bitorder="little")[:4].astype(bool)
         np.testing.assert_array_equal(bits, negative)
+
+
+# ProDA's rule.
+
+SIZE = 104, 72
+LABEL = 50, 34
+TAU = 0.4
+
+
+def prototype_rule(denoised, **more):
+    defaults = {"num_classes": 4, "size": SIZE, "label_size": LABEL, "feature_channels": 16, "temperature": TAU}
+    return PrototypeRule(denoised=denoised, **{**defaults, **more})
+
+
+@pytest.fixture(scope="module")
+def proda():
+    """A network whose prototypes lie among its features, and whose winners are of three classes."""
+    torch.manual_seed(0)
+    made = Proda(replace(CONFIG, heads="proda", pixels="rgb_unit")).eval()
+    torch.nn.init.normal_(made.layer5.classifier.weight)
+    torch.nn.init.normal_(made.prototypes)
+    return made
+
+
+def images(n=3):
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.integers(0, 256, (n, SIZE[1], SIZE[0], 3), dtype=np.uint8))
+
+
+def enlarged(maps):
+    """Float64 (K, h, w) to label size, corners aligned."""
+
+    def along(count, cells):
+        place = np.arange(count) * (cells - 1) / (count - 1)
+        return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(cells)))
+
+    rows, columns = (along(count, cells) for count, cells in zip(LABEL[::-1], maps.shape[1:], strict=True))
+    return np.einsum("ih,khw,jw->kij", rows, maps, columns)
+
+
+def softmax(z):
+    e = np.exp(z - z.max(0))
+    return e / e.sum(0)
+
+
+@torch.no_grad()
+def outputs(network, batch):
+    """Scores and features of every image in float64, from RGB between 0 and 1."""
+    found = network(torch.from_numpy(batch.numpy().astype(np.float32) / 255).permute(0, 3, 1, 2))
+    return [(main.double().numpy(), feature.double().numpy()) for main, feature in zip(*found, strict=True)]
+
+
+def weighed(network, features):
+    """What the prototypes say of features, float64 (C, h, w)."""
+    prototypes = network.prototypes.double().numpy()
+    return softmax(-TAU * np.sqrt(((features[None] - prototypes[:, :, None, None]) ** 2).sum(1)))
+
+
+def close_in_steps(found, expected):
+    """Whether uint8 is float64 in steps of 1/255, but for rounding."""
+    assert found.dtype == np.uint8
+    assert (found == np.rint(255 * expected)).mean() > 0.99
+    assert np.abs(found - 255 * expected).max() < 0.52
+
+
+def same_where_clear(found, share, kept=None):
+    """Whether a label is the class with the largest share, where no other comes close."""
+    first, second = np.sort(share, 0)[::-1][:2]
+    clear = first - second > 1e-5
+    expected = np.where(True if kept is None else kept, share.argmax(0), 255)
+    assert (found == expected)[clear].all()
+    assert clear.mean() > 0.99
+    assert len(np.unique(found)) > 2
+
+
+def test_soft_labels_are_the_networks_own(proda):
+    found = prototype_rule(False).label(proda, [images()], [1, 2, 3])
+    for made, (main, _) in zip(found, outputs(proda, images()), strict=True):
+        soft = softmax(main)
+        assert set(made.columns) == {"label", "confidence", "soft"}
+        close_in_steps(made.columns["soft"], soft)
+        close_in_steps(made.columns["confidence"], enlarged(soft).max(0))
+        same_where_clear(made.columns["label"], enlarged(soft))
+
+
+def test_denoised_labels_are_those_that_the_prototypes_leave(proda):
+    """Methods 5.2, step 5, at the size of the label; and steps 8 and 10 from the same features."""
+    changed = 0
+    found = prototype_rule(True).label(proda, [images()], [1, 2, 3])
+    for made, (main, feature) in zip(found, outputs(proda, images()), strict=True):
+        soft, features = enlarged(softmax(main)), enlarged(feature)
+        share = soft * weighed(proda, features)
+        share /= share.sum(0)
+        changed += (share.argmax(0) != soft.argmax(0)).sum()
+        assert set(made.columns) == {"label", "confidence", "assignments", "means"}
+        same_where_clear(made.columns["label"], share)
+        close_in_steps(made.columns["confidence"], share.max(0))
+        close_in_steps(made.columns["assignments"], weighed(proda, feature))
+        winners, means = enlarged(main).argmax(0), made.columns["means"].view(np.float32)
+        assert means.shape == (4, 16)
+        for k in range(4):
+            mine = winners == k
+            expected = features[:, mine].mean(1) if mine.sum() >= 10 else np.zeros(16)
+            np.testing.assert_allclose(means[k], expected, atol=2e-3 if mine.sum() else 0)
+    assert changed > 100, "the prototypes must have something to say"
+
+
+def test_a_class_that_wins_nowhere_leaves_no_mean(proda):
+    other = copy.deepcopy(proda)
+    with torch.no_grad():
+        other.layer5.classifier.weight[3] = other.layer5.classifier.weight[2]  # of equals, the first wins
+    for made in prototype_rule(True).label(other, [images()], [0, 0, 0]):
+        assert made.columns["means"].any(1).tolist() == [True, True, True, False]
+
+
+def test_the_temperature_decides_how_much_the_prototypes_say(proda):
+    plain = prototype_rule(False).label(proda, [images(1)], [0])[0].columns["label"]
+    cold = prototype_rule(True, temperature=1e-6).label(proda, [images(1)], [0])[0].columns
+    warm = prototype_rule(True, temperature=5.0).label(proda, [images(1)], [0])[0].columns
+    assert (cold["label"] == plain).mean() > 0.99
+    assert (warm["label"] == plain).mean() < 0.9
+    assert set(np.unique(cold["assignments"])) == {64}, "a quarter"
+
+
+def test_what_is_not_sure_enough_is_withheld(proda):
+    everything = prototype_rule(True).label(proda, [images()], [0, 0, 0])
+    some = prototype_rule(True, threshold=0.6).label(proda, [images()], [0, 0, 0])
+    for whole, made in zip(everything, some, strict=True):
+        confidence, label = whole.columns["confidence"], made.columns["label"]
+        np.testing.assert_array_equal(made.columns["confidence"], confidence)
+        assert (label[confidence > 153] == whole.columns["label"][confidence > 153]).all()
+        assert (label[confidence < 153] == 255).all()
+        assert 0.05 < (label == 255).mean() < 0.95
+        assert made.histogram.sum() == made.class_pixels.sum() == (label != 255).sum()
+        for name in ("assignments", "means"):
+            np.testing.assert_array_equal(made.columns[name], whole.columns[name])
+
+
+@pytest.mark.parametrize("denoised", [False, True])
+def test_its_statistics_are_those_of_its_columns(proda, denoised):
+    for made in prototype_rule(denoised).label(proda, [images()], [1, 2, 3]):
+        label, confidence = made.columns["label"], made.columns["confidence"]
+        np.testing.assert_array_equal(made.class_pixels, [(label == c).sum() for c in range(4)])
+        expected = np.zeros((4, 256), np.int64)
+        np.add.at(expected, (label, confidence), 1)
+        np.testing.assert_array_equal(made.histogram, expected)
+
+
+@pytest.mark.parametrize("denoised", [False, True])
+def test_bottom_rows_get_no_label_and_all_else_stays(proda, denoised):
+    (whole,) = prototype_rule(denoised).label(proda, [images(1)], [1])
+    (made,) = prototype_rule(denoised, ignore_bottom=0.23).label(proda, [images(1)], [1])
+    label = made.columns["label"]
+    assert (label[26:] == 255).all(), "0.23 · 34 = 7.82 of 34 rows"
+    np.testing.assert_array_equal(label[:26], whole.columns["label"][:26])
+    for name in set(whole.columns) - {"label"}:
+        np.testing.assert_array_equal(made.columns[name], whole.columns[name])
+    assert made.class_pixels.sum() == made.histogram.sum() == 26 * 50
+
+
+@pytest.mark.parametrize("denoised", [False, True])
+def test_its_records_are_what_its_layout_says_and_come_back_from_the_bank(proda, denoised):
+    made_by = prototype_rule(denoised)
+    assert made_by.view_sizes == (SIZE,)
+    grid = tuple(outputs(proda, images(1))[0][0].shape)
+    expected = {"label": (34, 50), "confidence": (34, 50)}
+    expected |= {"assignments": grid, "means": (4, 64)} if denoised else {"soft": grid}
+    assert dict(made_by.layout.columns) == expected
+    assert list(dict(made_by.layout.columns))[:2] == ["label", "confidence"]
+    made = made_by.label(proda, [images(2)], [0, 0])
+    columns, pixels = [one.columns for one in made], [one.class_pixels for one in made]
+    table = encode(made_by.layout, ["a", "b"], columns, pixels, weights_version=1, made_at_step=1)
+    for row in range(2):
+        back = decode(table, row)
+        for name, column in columns[row].items():
+            np.testing.assert_array_equal(back[name], column)
+        if denoised:
+            vectors = torch.from_numpy(np.stack([back["means"]])).view(torch.float32)
+            np.testing.assert_array_equal(vectors[0], columns[row]["means"].view(np.float32))
+
+
+@pytest.mark.parametrize("denoised", [False, True])
+def test_nothing_of_it_is_random_and_images_do_not_mix(proda, denoised):
+    made_by = prototype_rule(denoised)
+    assert pickle.loads(pickle.dumps(made_by)) == made_by
+    together = made_by.label(proda, [images()], [1, 2, 3])
+    for n in range(3):
+        (alone,) = made_by.label(proda, [images()[n : n + 1]], [9])
+        assert (alone.columns["label"] == together[n].columns["label"]).mean() > 0.999
+        difference = alone.columns["confidence"].astype(int) - together[n].columns["confidence"]
+        assert abs(difference).max() <= 1, "a rounding step at most"
+
+
+def test_a_network_without_prototypes_cannot_follow_it(network):
+    with pytest.raises(AssertionError):
+        prototype_rule(False).label(network, [images(1)], [0])
+
+
+def test_monte_carlo_labels_of_one_head_see_what_it_reads(proda):
+    """Without dropout: its own mean over the image and its mirror, from RGB between 0 and 1."""
+    mc = MonteCarloRule(
+        num_classes=4, sizes=(SIZE,), label_size=LABEL, passes=1, dropout=0.0, keep="mean", threshold=0.5, max_std=0.0
+    )
+    plain, mirrored = outputs(proda, images()), outputs(proda, images().flip(2))
+    for made, (one, _), (other, _) in zip(mc.label(proda, [images()], [1, 2, 3]), plain, mirrored, strict=True):
+        p = enlarged((softmax(one) + softmax(other)[:, :, ::-1]) / 2)
+        close_in_steps(made.columns["confidence"], p.max(0))
+        surely = np.abs(p.max(0) - 0.5) > 1e-5
+        kept = np.where(p.max(0) >= 0.5, p.argmax(0), 255)
+        assert (made.columns["label"] == kept)[surely].mean() > 0.99
+        assert 0.02 < (kept == 255).mean() < 0.98

@@ -476,3 +476,89 @@ def test_views_and_geometries_can_be_sent_and_not_changed():
     assert torch.equal(copy.deepcopy(geometry).matrix, geometry.matrix)
     with pytest.raises(dataclasses.FrozenInstanceError):
         geometry.cut = geometry.matrix
+
+
+# Maps whose pixels are points of the crop, from its first to its last pixel.
+
+CROP = (897, 513)
+CUT = (0.4, 0.6)
+
+
+def points_of(maps):
+    """A map of every pixel of the crop at every fourth, the first and the last among them: 225×129."""
+    return maps[..., ::4, ::4]
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_points_that_are_all_pixels_of_the_crop_are_its_pixels(mode):
+    _, geometry = strong(smooth(113, 65), ("rotate", 5, 1), ("shear-x", 3, -1), mirror=True, cut=CUT)
+    maps = torch.from_numpy(np.random.default_rng(0).random((1, 3, 65, 113), np.float32))
+    for found, expected in zip(geometry.warp(maps, 9, mode, (113, 65)), geometry.warp(maps, 9, mode), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [],
+        [("translate-x", 3, 1)],  # ⌊0.09 · 897⌋ = 80 pixels are 20 points
+        [("translate-x", 7, -1)],  # 188 are 47
+        [("translate-y", 5, 1)],  # ⌊0.15 · 513⌋ = 76 are 19
+        [("translate-x", 3, -1), ("translate-y", 6, -1)],  # 80 and 92
+    ],
+)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_whole_steps_move_points_exactly_as_they_move_the_image(operations, mirror):
+    label = blocks(*CROP, cell=7)
+    view, geometry = strong(painted(label), *operations, mirror=mirror, cut=CUT)
+    shown, seen = geometry.warp(points_of(label), 25, crop=CROP)
+    _, everywhere = geometry.warp(label, 25)
+    assert torch.equal(seen, points_of(everywhere))
+    assert 0.4 < seen.float().mean() < 1.0
+    torch.testing.assert_close(10.0 * shown[:, 0][seen], points_of(view[:, 0])[seen], atol=0.05, rtol=0)
+    assert (shown[:, 0][~seen] == 25).all()
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        [("rotate", 6, 1)],
+        [("rotate", 9, -1), ("shear-x", 7, 1)],
+        [("shear-y", 8, -1), ("translate-x", 4, 1)],
+    ],
+)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_points_show_what_the_image_shows_however_it_is_turned(operations, mirror):
+    label = blocks(*CROP, cell=48)
+    view, geometry = strong(painted(label), *operations, mirror=mirror, cut=CUT)
+    shown, seen = geometry.warp(points_of(label), 25, crop=CROP)
+    assert torch.equal(seen, points_of(geometry.warp(label, 25)[1]))
+    known = far_from_edges(shown, 1) & seen
+    assert known.float().mean() > 0.25
+    torch.testing.assert_close(10.0 * shown[:, 0][known], points_of(view[:, 0])[known], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_points_are_interpolated_where_the_image_is(mirror):
+    """A ramp of a level a pixel, moved and turned, is the image's own at every point away from the border."""
+    ramp = torch.arange(CROP[0]).float().expand(1, 3, CROP[1], CROP[0]) / 4
+    view, geometry = strong(ramp, ("translate-x", 2, 1), ("rotate", 2, 1), mirror=mirror, cut=CUT)
+    shown, seen = geometry.warp(points_of(ramp), -1, "bilinear", CROP)
+    inside = seen[0] & (points_of(view[0, 0]) != FILL)
+    torch.testing.assert_close(shown[0, 0][inside], points_of(view[0, 0])[inside], atol=0.01, rtol=0)
+    assert 0.5 < inside.float().mean() < 1.0
+    undivided, _ = geometry.warp(points_of(ramp), -1, "bilinear")
+    assert (undivided - shown)[0, 0][inside].abs().max() > 0.1, "pixels that divide the crop lie elsewhere"
+
+
+def test_points_may_be_those_of_every_column_and_every_fourth_row():
+    label = blocks(97, 65, cell=7)
+    _, geometry = strong(painted(label), ("translate-x", 4, 1), ("translate-y", 7, 1), cut=CUT)
+    shown, seen = geometry.warp(label[:, :, ::4], 25, crop=(97, 65))
+    assert torch.equal(seen[0], geometry.warp(label, 25)[1][0, ::4])
+    # ⌊0.12 · 97⌋ = 11 and ⌊0.21 · 65⌋ = 13 pixels: eleven columns and three rows and a quarter.
+    assert not seen[0, 13:].any()
+    assert not seen[0, :, 86:].any()
+    known = seen[0, :13, :86]
+    assert known.float().mean() > 0.7
+    assert torch.equal(shown[0, 0, :13, :86][known], label[0, 0, ::4][3:16, 11:][known])

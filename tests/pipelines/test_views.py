@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.networks.deeplab import upsample
 from pipelines.autoaugment import autoaugment
-from pipelines.views import CROP_DRAWS, MEAN_BGR, RandomCrop, Whole, class_mix, network_input
+from pipelines.views import CROP_DRAWS, MEAN_BGR, RandomCrop, Whole, class_mix, network_input, normalised, rgb
 
 WIDTH, HEIGHT = 40, 24
 POSITIONS = np.array([0, 7, 123_456])
@@ -34,6 +35,32 @@ def test_network_input_is_bgr_minus_the_mean():
     image = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 1, 1, 3)
     expected = [30 - 104.00698793, 20 - 116.66876762, 10 - 122.67891434]
     torch.testing.assert_close(network_input(image).flatten(), torch.tensor(expected))
+
+
+def test_the_other_input_is_rgb_from_0_to_1():
+    image = torch.tensor([10, 20, 255], dtype=torch.uint8).view(1, 1, 1, 3)
+    expected = torch.tensor([10 / 255, 20 / 255, 1.0])
+    torch.testing.assert_close(network_input(image, "rgb_unit").flatten(), expected)
+
+
+@pytest.mark.parametrize("pixels", ["bgr_mean", "rgb_unit"])
+def test_inputs_of_both_kinds_can_be_turned_back(pixels):
+    images = raw()
+    planes = images.permute(0, 3, 1, 2).float()
+    inputs = network_input(images, pixels)
+    assert inputs.dtype == torch.float32
+    assert inputs.is_contiguous()
+    assert torch.equal(normalised(planes, pixels), inputs)
+    torch.testing.assert_close(rgb(inputs, pixels), planes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised(rgb(inputs, pixels), pixels), inputs, atol=1e-4, rtol=0)
+
+
+def test_views_make_the_input_that_their_network_reads():
+    images, label = raw(), torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
+    for view in (Whole, lambda pixels: RandomCrop(3, (16, 12), colour=0.3, pixels=pixels)):
+        (bgr, (one,)), (unit, (other,)) = (view(kind)(images, (label,), POSITIONS) for kind in ("bgr_mean", "rgb_unit"))
+        torch.testing.assert_close(unit, colours(bgr) / 255, atol=1e-6, rtol=1e-5)
+        assert torch.equal(one, other)
 
 
 def test_the_whole_view_changes_nothing_and_brings_labels_to_the_images_size():
@@ -242,3 +269,78 @@ def test_autoaugment_changes_colours_alone_and_nothing_that_was_drawn_before():
     assert 0 < sum(not torch.equal(one, other) for one, other in zip(plain, found, strict=True)) < 6
     again, _ = RandomCrop(3, (30, 20))(autoaugment(images, view._policies(positions)), (labels,), positions)
     torch.testing.assert_close(found, again)
+
+
+# What maps of the whole image show inside a crop.
+
+
+def slow_sample(view, maps, positions, base, grid):
+    """Point after point, in float64: corners of map, image, crop and grid aligned."""
+    maps, (width, height) = maps.double().numpy(), base
+    found = np.empty((len(maps), maps.shape[1], grid[1], grid[0]))
+    for n, position in enumerate(positions):
+        u = np.random.default_rng([view.seed, 7, int(position)]).random(2 + 2 * CROP_DRAWS + 3, np.float32)
+        low = max(view.jitter[0], view.crop[0] / width, view.crop[1] / height)
+        scale = low + (max(low, view.jitter[1]) - low) * float(u[0])
+        left = np.floor(u[2] * (width * scale - view.crop[0] + 1)) / scale
+        top = np.floor(u[3] * (height * scale - view.crop[1] + 1)) / scale
+        for i in range(grid[1]):
+            for j in range(grid[0]):
+                column = j * (view.crop[0] - 1) / (grid[0] - 1)
+                column = view.crop[0] - 1 - column if u[1] < view.flip else column
+                row = i * (view.crop[1] - 1) / (grid[1] - 1)
+                # The middle of the image's first pixel is the map's first cell, that of its last one the last.
+                x = (left + (column + 0.5) / scale - 0.5) * (maps.shape[3] - 1) / (width - 1)
+                y = (top + (row + 0.5) / scale - 0.5) * (maps.shape[2] - 1) / (height - 1)
+                x, y = np.clip(x, 0, maps.shape[3] - 1), np.clip(y, 0, maps.shape[2] - 1)
+                x0, y0 = min(int(x), maps.shape[3] - 2), min(int(y), maps.shape[2] - 2)
+                dx, dy = x - x0, y - y0
+                upper = (1 - dx) * maps[n, :, y0, x0] + dx * maps[n, :, y0, x0 + 1]
+                lower = (1 - dx) * maps[n, :, y0 + 1, x0] + dx * maps[n, :, y0 + 1, x0 + 1]
+                found[n, :, i, j] = (1 - dy) * upper + dy * lower
+    return found
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("jitter", [(1.0, 1.0), (0.5, 1.6)])
+def test_a_crop_samples_maps_of_the_whole_image_at_its_points(jitter, flip):
+    view = RandomCrop(5, (21, 13), jitter=jitter, flip=flip)
+    positions = np.array([0, 3, 8, 123_456])
+    maps = torch.from_numpy(np.random.default_rng(0).random((4, 2, 7, 9), np.float32))
+    found = view.sample(maps, positions, (WIDTH, HEIGHT), (6, 4))
+    assert found.shape == (4, 2, 4, 6)
+    expected = slow_sample(view, maps, positions, (WIDTH, HEIGHT), (6, 4))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("cells", [(WIDTH, HEIGHT), (14, 24)])
+def test_what_is_sampled_is_what_the_crop_shows(cells, flip):
+    """Of a ramp, which interpolation leaves a ramp; the outermost points may lie where the crop sees its border."""
+    x, y = np.meshgrid(np.arange(WIDTH), np.arange(HEIGHT))
+    image = torch.from_numpy(np.stack([4 * x, 5 * y, 2 * x + 3 * y], -1).astype(np.uint8)).expand(30, -1, -1, -1)
+    columns, rows = (np.linspace(0, size - 1, count) for size, count in zip((WIDTH, HEIGHT), cells, strict=True))
+    x, y = np.meshgrid(columns, rows)
+    maps = torch.from_numpy(np.stack([4 * x, 5 * y, 2 * x + 3 * y]).astype(np.float32)).expand(30, -1, -1, -1)
+    view, positions = RandomCrop(2, (25, 16), flip=flip), np.arange(30)
+    crops, _ = view(image, (), positions)
+    found = view.sample(maps, positions, (WIDTH, HEIGHT), (9, 6))
+    shown = colours(crops)[:, :, ::3, ::3]
+    torch.testing.assert_close(found[:, :, 1:-1, 1:-1], shown[:, :, 1:-1, 1:-1], atol=0.5, rtol=0)
+    assert (found[:, 0, 0, 0] != found[0, 0, 0, 0]).any(), "30 crops of different places"
+
+
+def test_the_sample_of_a_whole_image_is_its_map_enlarged():
+    view = RandomCrop(0, (WIDTH, HEIGHT), jitter=(1.0, 1.0), flip=0.0)
+    maps = torch.randn(3, 2, 4, 6)
+    found = view.sample(maps, POSITIONS, (WIDTH, HEIGHT), (20, 12))
+    torch.testing.assert_close(found, upsample(maps, (12, 20)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(view.sample(maps, POSITIONS, (WIDTH, HEIGHT), (6, 4)), maps, atol=1e-4, rtol=0)
+    mirrored = RandomCrop(0, (WIDTH, HEIGHT), jitter=(1.0, 1.0), flip=1.0)
+    found = mirrored.sample(maps, POSITIONS, (WIDTH, HEIGHT), (6, 4))
+    torch.testing.assert_close(found, maps.flip(-1), atol=1e-4, rtol=0)
+
+
+def test_boxes_that_depend_on_a_label_cannot_be_had_again():
+    with pytest.raises(AssertionError):
+        RandomCrop(0, (16, 12), more_than_values=2).sample(torch.zeros(3, 1, 4, 4), POSITIONS, (WIDTH, HEIGHT), (4, 4))

@@ -1,12 +1,15 @@
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from actors.errors import RunError
+from models.networks.build import Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from pipelines.weights import check_initial, load_initial, read_weights
+from pipelines.weights import check_initial, load_initial, load_pretrained_backbone, read_weights
 from tests.pipelines.test_trained import finished_run
 
 CONFIG = DeepLabConfig(3, (1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=8, groups=4)
@@ -100,3 +103,106 @@ def test_a_missing_file_and_another_network_are_refused_by_name(tmp_path):
     for use in (check_initial, load_initial):
         with pytest.raises(RunError, match=r"x\.pth: the checkpoint belongs to another network: 2 of another shape"):
             use(path, network(0))
+
+
+# ProDA's files (methods 8.5).
+
+
+def proda(seed, **changes):
+    torch.manual_seed(seed)
+    made = Build(replace(CONFIG, heads="proda", **changes))()
+    with torch.no_grad():
+        made.prototypes.normal_()
+    return made
+
+
+def container(network, **more):
+    """A checkpoint of ProDA; its networks' names are those of their classes."""
+    state = {key: value for key, value in network.state_dict().items() if key != "prototypes"}
+    return {"ResNet101": {"model_state": state, **more}, "iter": 3}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("extra_norm", [False, True])
+def test_a_checkpoint_of_proda_brings_its_prototypes(tmp_path, extra_norm, zipped):
+    theirs, ours = proda(1, extra_norm=extra_norm), proda(2, extra_norm=extra_norm)
+    held = {**container(theirs, objective_vectors=theirs.prototypes), "FCDiscriminator": container(theirs)["ResNet101"]}
+    path = saved(tmp_path, held, _use_new_zipfile_serialization=zipped)
+    assert {*read_weights(path)} == {*theirs.state_dict()}
+    assert check_initial(path, ours)
+    assert not same(ours, theirs), "checking loads nothing"
+    load_initial(path, ours)
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("vectors", [{}, {"objective_vectors": None}])
+def test_without_prototypes_the_networks_own_stay(tmp_path, vectors):
+    theirs, ours = proda(1), proda(2)
+    path = saved(tmp_path, container(theirs, **vectors))
+    load_initial(path, ours)
+    assert torch.equal(ours.prototypes, proda(2).prototypes)
+    assert same(ours, theirs, of="layer")
+    assert "prototypes" not in read_weights(path)
+
+
+@pytest.mark.parametrize(("zipped", "module"), [(True, None), (False, b"numpy._core"), (False, b"numpy.core")])
+def test_the_score_that_a_checkpoint_of_proda_notes_may_be_numpys(tmp_path, zipped, module):
+    """The published code saves what np.nanmean gave it, in numpy 1 from a module of another name."""
+    theirs, ours = proda(1), proda(2)
+    held = {**container(theirs, objective_vectors=theirs.prototypes), "best_iou": np.float64(0.575)}
+    path = saved(tmp_path, held, _use_new_zipfile_serialization=zipped)
+    if module is not None:
+        content = (tmp_path / "x.pth").read_bytes()
+        name = np.float64(0).__reduce__()[0].__module__.encode()
+        assert content.count(name) == 1
+        (tmp_path / "x.pth").write_bytes(content.replace(name, module + b".multiarray"))
+    load_initial(path, ours)
+    assert same(ours, theirs)
+
+
+def test_a_checkpoint_of_proda_that_does_not_fit_is_refused_by_name(tmp_path):
+    path = saved(tmp_path, container(proda(1), objective_vectors=torch.zeros(19, 8)))
+    with pytest.raises(
+        RunError, match=r"x\.pth: the checkpoint belongs to another network: 1 of another shape \(proto"
+    ):
+        load_initial(path, proda(2))
+    path = saved(tmp_path, container(proda(1, extra_norm=True)))
+    with pytest.raises(RunError, match=r"x\.pth: .*5 unexpected \(bn_pretrain\.weight"):
+        check_initial(path, proda(2))
+    with pytest.raises(RunError, match=r"is no state dict of a network; it holds NoneType"):
+        read_weights(saved(tmp_path, {"ResNet101": {"iter": 3}}))
+
+
+def simclr(network):
+    backbone = {key: value for key, value in network.state_dict().items() if not key.startswith(("layer5", "proto"))}
+    return {"state_dict": {**backbone, "fc.weight": torch.zeros(1000, 8), "projection.0.weight": torch.zeros(4, 4)}}
+
+
+def test_a_simclr_file_fills_the_backbone_alone(tmp_path):
+    theirs, ours = proda(1), proda(2, extra_norm=True)
+    with torch.no_grad():
+        theirs.bn1.running_var.uniform_()
+    path = saved(tmp_path, {**simclr(theirs), "epoch": 800})
+    load_pretrained_backbone(path, ours)
+    fresh = proda(2, extra_norm=True)
+    for of in ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4."):
+        assert same(theirs, ours, of=of)
+    for of in ("layer5.", "bn_pretrain.", "prototypes"):
+        assert same(ours, fresh, of=of)
+    assert not same(ours, fresh, of="bn1.")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"state_dict": {"net.0.weight": torch.zeros(1)}}, r"none of its 1 tensors \(net\.0\.weight\) belongs to this"),
+        ({"state_dict": {"conv1.weight": torch.zeros(64, 3, 7, 7)}}, r"does not fit this backbone: 1 of another shape"),
+        ({"state_dict": {"epoch": 3}}, "is no state dict of a network; it holds epoch"),
+        ({"fc.weight": torch.zeros(1)}, "belongs to this backbone"),
+    ],
+)
+def test_a_simclr_file_of_something_else_is_refused_by_name(tmp_path, state, said):
+    ours = proda(2)
+    with pytest.raises(RunError, match=rf"x\.pth.*{said}"):
+        load_pretrained_backbone(saved(tmp_path, state), ours)
+    assert same(ours, proda(2))

@@ -105,4 +105,4 @@ def test_given_labels_are_one_round_whatever_the_refresh_says(options, tmp_path)
 def test_a_run_that_was_given_labels_still_knows_how_its_recipe_makes_them(options, tmp_path):
     setup = resolve(options(table(tmp_path / "x.parquet", [label(0)])))
     assert setup.makes.selection is not None
-    assert setup.make_showcase().args[4] is None  # no rule of this run made the labels that it learned from
+    assert setup.make_showcase().args[5] is None  # no rule of this run made the labels that it learned from

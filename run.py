@@ -660,6 +660,10 @@ def _print_scores(results: dict[str, Any], rows: list[tuple[str, Any]], console:
         console.print("\n".join(score_lines(results)), highlight=False)
     if results.get("target_labels"):
         console.print(f"adapted also learned from the labels of {results['target_labels']} target images")
+    after = results.get("stages", [])
+    if len(after) > 1:
+        shown = ", ".join(f"{stage['name']} {stage['miou']:.1f}" for stage in after)
+        console.print(f"mIoU after each stage: {shown}", highlight=False, markup=False)
     if results.get("gap_closed") is not None:
         console.print(f"gap closed: {results['gap_closed']:.2f} of (oracle − source-only)", highlight=False)
 

@@ -15,8 +15,9 @@ import numpy as np
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
 
-from actors.checkpoints import CheckpointStore
+from actors.checkpoints import CheckpointStore, kept_stages
 from actors.crew import Crew
 from actors.errors import RunError, UnreadableImage
 from actors.label_bank import LabelBank
@@ -32,7 +33,7 @@ from pipelines.pseudo_labels.table import Table
 from pipelines.report.gallery import write_gallery
 from pipelines.report.history import read_history
 from pipelines.report.page import write_report
-from pipelines.results import CONFUSION, assemble, write_confusion, write_json
+from pipelines.results import CONFUSION, after_step, assemble, write_confusion, write_json
 from pipelines.setup import Setup, resolve
 from pipelines.trained import check_same_classes, describe
 
@@ -484,6 +485,8 @@ class Run:
             jobs["adapted"] = self.evaluator.score_weights.remote(adapted)
             if not self.manner.brief:
                 jobs["recommended"] = self.evaluator.score_recommended.remote()
+                for step, path in kept_stages(self.setup.plan.folder):
+                    jobs[after_step(step)] = self.evaluator.score_weights.remote(_as_numpy(load_file(path)))
             for name, weights in references.items():
                 jobs[name] = self.evaluator.score_weights.remote(weights)
             if "source_only" in references:

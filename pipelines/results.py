@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ CONFUSION = "confusion.csv"
 """Confusion matrix of the adapted network at the last step, in a run directory."""
 
 
+def after_step(step: int) -> str:
+    """Key of the score after a stage that ended at a step."""
+    return f"after step {step}"
+
+
+def stage_scores(setup: Setup, scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """Scores after each stage, in order; the last one is the adapted network's. Without one where none was scored."""
+    ends = accumulate(stage.steps for stage in setup.plan.stages)
+    rows = [(stage.name, end, scores.get(after_step(end))) for stage, end in zip(setup.plan.stages, ends, strict=True)]
+    name, end, _ = rows[-1]
+    rows[-1] = name, end, scores.get("adapted")
+    return [{"name": name, "step": end, **score} for name, end, score in rows if score is not None]
+
+
 def assemble(
     setup: Setup,
     scores: dict[str, Any],
@@ -40,7 +55,7 @@ def assemble(
 
     Args:
         setup: the run.
-        scores: by row of the table; rows that were not run are missing.
+        scores: by row of the table, and by :func:`after_step` of the stages; rows that were not run are missing.
         student: summary of the lead student.
         teachers: last status of the label bank.
         seconds: wall-clock seconds by phase.
@@ -58,6 +73,7 @@ def assemble(
         "gap_closed": None
         if source is None or "adapted" not in scores
         else gap_closed(scores["adapted"]["miou"], source["miou"], None if oracle is None else oracle["miou"]),
+        "stages": stage_scores(setup, scores),
         "steps": setup.plan.total_steps,
         "target_labels": 0 if setup.domains.few is None else len(setup.domains.few),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},

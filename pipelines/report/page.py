@@ -71,6 +71,7 @@ def write_report(folder: str | Path) -> Path:
         finished=bool(results),
         last_step=history.last_step,
         steps=results.get("steps"),
+        stages=results.get("stages", []),
         rows=rows,
         gap=results.get("gap_closed"),
         protocol=protocol_sentence(results["protocol"]) if rows else "",

@@ -308,6 +308,7 @@ def test_a_resumed_run_goes_on_with_it_as_if_nothing_had_happened(tmp_path, monk
         if version in expected:
             same(expected[version], weights)
     assert [version for version, pin, _ in links[2].publisher.published if pin] == ([3, 6] if stop < 7 else [])
+    assert next(version for version, pin, _ in links[2].publisher.published if not pin) == stop
     assert [one.context.fresh for one in begun] == [False] + [True] * (len(begun) - 1)
 
 

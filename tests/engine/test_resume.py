@@ -12,8 +12,8 @@ WAYS = {
     "one student, three rounds": {"students": 1, "recipe": "proda", "faithful": True},
     "two students": {"students": 2, "refresh": "once"},
 }
-"""Steps 1 to 20 align or warm up; 21 to 40 learn from a round of labels; with three rounds 21 to 30 denoise one, 31 to 35
-and 36 to 40 learn from those of the stage before."""
+"""Steps 1 to 20 align or warm up; 21 to 40 learn from a round of labels; with three rounds 21 to 30 denoise one, and 31
+to 35 and 36 to 40 learn from those of the stage before."""
 TERMS_AT = {
     "proda": {
         1: {"loss/segmentation", "loss/adversarial", "discriminator/main"},

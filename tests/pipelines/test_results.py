@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.options import AdaptOptions
-from pipelines.results import assemble, protocol_sentence, score_lines, write_json
+from pipelines.results import after_step, assemble, protocol_sentence, score_lines, write_json
 from pipelines.setup import resolve
 
 DESIGN = {
@@ -15,7 +15,7 @@ DESIGN = {
     "teachers": "images_per_s idle_share",
     "label_age_steps": "p50 p95 max",
 }
-EXTRAS = {"class_names", "steps", "labels", "skipped", "label_free", "target_labels", "run"}
+EXTRAS = {"class_names", "stages", "steps", "labels", "skipped", "label_free", "target_labels", "run"}
 STUDENT = {
     "images_per_s": 10.0,
     "seconds": 12.0,
@@ -62,6 +62,17 @@ def test_a_result_says_what_was_decided_for_it(setup):
     assert theirs["options"]["eplc"]["selection"] == "mean"
     assert theirs["options"]["mrnet"]["teacher"] == "student"
     json.dumps(theirs)
+
+
+def test_every_stage_has_the_score_after_its_last_step_and_the_last_one_that_of_the_run(setup):
+    found = results(setup, **{after_step(20): 21.0, "adapted": 30.0})
+    assert [(stage["name"], stage["step"], stage["miou"]) for stage in found["stages"]] == [
+        ("alignment", 20, 21.0),
+        ("self-training", 40, 30.0),
+    ]
+    assert after_step(20) not in found["scores"]
+    assert [stage["name"] for stage in results(setup, adapted=30.0)["stages"]] == ["self-training"]
+    assert results(setup)["stages"] == []
 
 
 def test_a_score_stands_with_all_that_decides_it(setup):

@@ -27,7 +27,7 @@ from models.denoising import (
     regulariser,
     symmetric_cross_entropy,
 )
-from models.losses import IGNORE, segmentation_loss
+from models.losses import IGNORE, ClassBalance, segmentation_loss
 from models.networks.build import Build
 from models.networks.deeplab import norm_statistics, upsample
 from models.networks.discriminators import PatchDiscriminator
@@ -223,6 +223,15 @@ class TargetViews:
         return normalised(images, pixels), partial(geometry.warp, crop=self.weak.crop)
 
 
+def balanced(balance: ClassBalance, labels: Tensor) -> Tensor:
+    """Weight of every pixel of int64 N×h×w labels: more for classes with few pixels, 1 on average, 1 without a label."""
+    weights = balance(labels)
+    valid = labels != IGNORE
+    picked = torch.where(valid, weights[labels.clamp(max=len(weights) - 1)], torch.zeros_like(weights[:1]))
+    mean = picked.sum() / valid.sum().clamp(min=1)
+    return torch.where(valid, picked / torch.where(mean > 0, mean, torch.ones_like(mean)), torch.ones_like(mean))
+
+
 class WarmUpObjective:
     """Supervised source loss and an output-space adversary (methods §5.0); owns the discriminator."""
 
@@ -320,7 +329,7 @@ class DenoisingObjective:
         assert options.temperature is not None
         self.term, self.options, self.views, self.regular, self.context = term, options, views, regular, context
         self.momentum, self.temperature = options.momentum, options.temperature
-        self.balance = term.balance(context)
+        self.balance, self.target_balance = term.balance(context), term.balance(context)
         assert isinstance(context.network, Proda)
         assert isinstance(context.teaching, Proda)
         self.network, self.average = context.network, context.teaching
@@ -343,7 +352,8 @@ class DenoisingObjective:
         terms = {"loss/segmentation": self.term.of_logits(network(batch.source), batch.source_label, self.balance)}  # 1
         labels, assignments = self._denoised(batch)  # 2, 3 and 5
         weak: ProdaOutputs = network(batch.target)  # 4
-        logits, weights = self.views.on_grid(weak.main), batch.pseudo_weight[:, None, None]
+        logits = self.views.on_grid(weak.main)
+        weights = batch.pseudo_weight[:, None, None] * balanced(self.target_balance, labels)
         symmetric = symmetric_cross_entropy(
             logits, labels, alpha=options.cross_entropy, beta=options.reverse, pixel_weights=weights
         )  # 6
@@ -397,11 +407,12 @@ class DenoisingObjective:
 
     def state_dict(self) -> dict[str, Any]:
         """Running class weights; the prototypes are the network's."""
-        return {"balance": self.balance.state_dict()}
+        return {"source": self.balance.state_dict(), "target": self.target_balance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.balance.load_state_dict(state["balance"])
+        self.balance.load_state_dict(state["source"])
+        self.target_balance.load_state_dict(state["target"])
 
 
 def given_prototypes(path: str, network: Proda) -> Tensor:
@@ -469,7 +480,7 @@ class DistillationObjective:
         self, term: SegmentationTerm, options: ProdaOptions, views: TargetViews, context: ObjectiveContext
     ) -> None:
         self.term, self.options, self.views = term, options, views
-        self.balance = term.balance(context)
+        self.balance, self.target_balance = term.balance(context), term.balance(context)
         assert context.before is not None
         self.teacher = context.as_student(context.before)
 
@@ -486,9 +497,8 @@ class DistillationObjective:
         student: ProdaOutputs = network(images)
         with torch.no_grad():
             teacher: ProdaOutputs = self.teacher(images)
-        pseudo = segmentation_loss(
-            self.views.on_grid(student.main), label[:, 0], pixel_weights=batch.pseudo_weight[:, None, None]
-        )
+        weights = batch.pseudo_weight[:, None, None] * balanced(self.target_balance, label[:, 0])
+        pseudo = segmentation_loss(self.views.on_grid(student.main), label[:, 0], pixel_weights=weights)
         divergence = distillation_loss(student.main, teacher.main, published=self.options.kd == "published")
         return {
             "loss/segmentation": self.term.of_logits(source, batch.source_label, self.balance),
@@ -502,11 +512,12 @@ class DistillationObjective:
 
     def state_dict(self) -> dict[str, Any]:
         """Running class weights."""
-        return {"balance": self.balance.state_dict()}
+        return {"source": self.balance.state_dict(), "target": self.target_balance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self.balance.load_state_dict(state["balance"])
+        self.balance.load_state_dict(state["source"])
+        self.target_balance.load_state_dict(state["target"])
 
 
 def stages(ingredients: Ingredients, options: ProdaOptions) -> tuple[StagePlan, ...]:

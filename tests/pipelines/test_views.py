@@ -302,9 +302,10 @@ def slow_sample(view, maps, positions, base, grid):
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("jitter", [(1.0, 1.0), (0.5, 1.6)])
-def test_a_crop_samples_maps_of_the_whole_image_at_its_points(jitter, flip):
-    view = RandomCrop(5, (21, 13), jitter=jitter, flip=flip)
+@pytest.mark.parametrize(("crop", "jitter"), [((21, 13), (1.0, 1.0)), ((21, 13), (0.5, 1.6)), ((64, 38), (1.6, 1.6))])
+def test_a_crop_samples_maps_of_the_whole_image_at_its_points(crop, jitter, flip):
+    """A crop of an enlarged image reaches half of a pixel over its first and its last."""
+    view = RandomCrop(5, crop, jitter=jitter, flip=flip)
     positions = np.array([0, 3, 8, 123_456])
     maps = torch.from_numpy(np.random.default_rng(0).random((4, 2, 7, 9), np.float32))
     found = view.sample(maps, positions, (WIDTH, HEIGHT), (6, 4))

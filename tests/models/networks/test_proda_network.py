@@ -244,8 +244,8 @@ def test_a_description_builds_the_network_that_it_describes():
 
 
 def test_only_a_network_of_proda_has_the_extra_norm():
-    with pytest.raises(ValueError, match="extra_norm belongs to heads='proda'"):
-        DeepLabConfig(extra_norm=True)
+    with pytest.raises(ValueError, match="extra_norm belongs to a network with one head on stage four"):
+        Build(replace(TINY, heads="mrnet", extra_norm=True))()
 
 
 def test_images_of_another_shape_are_refused():

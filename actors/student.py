@@ -436,6 +436,9 @@ class Student:
     def _keep_stage(self, index: int, teaching: TeachingNetwork) -> None:
         """Bring what a stage published up to date with its last step, and write it."""
         network = teaching.settle(self.network)
+        if self.world > 1:  # every student has estimated statistics on images of its own, and these are the run's
+            for tensor in network.state_dict().values():
+                dist.broadcast(tensor, src=0)
         if self.lead:
             sentence = keep_stage(self.plan.folder, self.step, self.plan.stages[index].name, network)
             if sentence is not None:

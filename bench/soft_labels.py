@@ -22,7 +22,7 @@ from actors.checkpoints import kept_stages
 from models.networks.build import Build
 from models.networks.deeplab import upsample
 from models.networks.proda import Proda
-from models.prototypes import prototype_distances, prototype_weights, rectify
+from models.prototypes import class_distances, prototype_weights, rectify
 from models.uncertainty import quantise
 from pipelines.options import read_config
 from pipelines.setup import resolve
@@ -53,7 +53,7 @@ def measure(run: str) -> dict[str, object]:
         image = torch.from_numpy(np.array(reader.read(index, schedule.target_size)))[None]
         found = network(setup.prepare(image))
         soft, cells = found.main.softmax(1), found.main[0].numel()
-        near = prototype_weights(prototype_distances(upsample(found.feature, size), network.prototypes))
+        near = prototype_weights(class_distances(upsample(found.feature, size), network.prototypes))
         product = upsample(soft, size) * near
         first, second = (product / product.sum(1, keepdim=True)).topk(2, dim=1).values.unbind(1)
         exact, _ = rectify(upsample(soft, size), near)

@@ -17,6 +17,8 @@ from models.losses import IGNORE
 
 COUNT_CAP = 3000
 """Bound of N_k in the initial mean (methods 5.1): no vector ever weighs less than 1/3001."""
+FAR = 1e4
+"""Distance from a class without a prototype: its weight is exactly zero."""
 NOISE = 8.0
 """d² up to this many roundings of 2|f|² is zero; f = η left at most 2.7 of them for K from 8 to 2048."""
 
@@ -93,6 +95,23 @@ def prototype_distances(features: Tensor, prototypes: Tensor) -> Tensor:
         )
     distances: Tensor = _Distances.apply(features, prototypes)
     return distances
+
+
+def class_distances(features: Tensor, prototypes: Tensor) -> Tensor:
+    """Distances to the prototypes of the classes that have one; :data:`FAR` from those that have none.
+
+    A class that was seen nowhere has a prototype of zeros. It would be near to whatever is unlike all others: every
+    doubtful pixel would be taken for it.
+
+    Args:
+        features, prototypes: as for :func:`prototype_distances`.
+
+    Returns:
+        float (N, C, h, w).
+    """
+    known = prototypes.any(dim=1)[:, None, None]
+    distances = prototype_distances(features, prototypes)
+    return torch.where(known, distances, torch.full_like(distances[:1, :1, :1, :1], FAR))
 
 
 def prototype_weights(distances: Tensor, temperature: float = 1.0) -> Tensor:
@@ -207,6 +226,8 @@ class PrototypeMean:
 def momentum_update(prototypes: Tensor, means: Tensor, present: Tensor, momentum: float = 1e-4) -> None:
     """η_k ← (1 − m) η_k + m v in place, one image after the other (methods 5.2, step 10).
 
+    A class without a prototype (zeros) takes the first vector that it gets whole.
+
     Args:
         prototypes: float32 or float64 (C, K); half precision would round every update away.
         means: float (N, C, K), from :func:`class_means`.
@@ -220,7 +241,8 @@ def momentum_update(prototypes: Tensor, means: Tensor, present: Tensor, momentum
     if torch.finfo(prototypes.dtype).bits < 32:
         raise ValueError(f"prototypes are {prototypes.dtype}, which rounds updates of {momentum:g} away; keep float32")
     for vectors, here in zip(means.to(prototypes.dtype), present, strict=True):
-        prototypes.copy_(torch.where(here[:, None], prototypes.lerp(vectors, momentum), prototypes))
+        moved = torch.where(prototypes.any(dim=1)[:, None], prototypes.lerp(vectors, momentum), vectors)
+        prototypes.copy_(torch.where(here[:, None], moved, prototypes))
 
 
 def _check_vectors(prototypes: Tensor, means: Tensor, present: Tensor) -> None:

@@ -16,7 +16,7 @@ from models.losses import IGNORE
 from models.networks.backbone import grid_size
 from models.networks.deeplab import Segmenter, upsample
 from models.networks.proda import Proda
-from models.prototypes import class_means, prototype_distances, prototype_weights, rectify
+from models.prototypes import class_distances, class_means, prototype_weights, rectify
 from models.selection import confidence_histogram
 from models.uncertainty import (
     UncertaintyRule,
@@ -31,6 +31,8 @@ from pipelines.views import network_input
 Size = tuple[int, int]
 NEGATIVE = "negative"
 SOFT, ASSIGNMENTS, MEANS = "soft", "assignments", "means"
+PUBLISHED_FEWEST, PUBLISHED_CELLS = 10, 257 * 129
+"""Pixels that a class needs in an image to have a mean feature, of so many (methods §5.1)."""
 MIN_PROB, DEVIATION = "min_prob", "deviation"
 DEVIATION_STEPS = 510
 """Steps of 1/510 reach the largest deviation that probabilities can have, ½."""
@@ -130,6 +132,15 @@ class MonteCarloRule:
         ]
 
 
+def fewest_pixels(winners: Tensor) -> int:
+    """Pixels that a class needs on a map (N, h, w) to have a mean feature there.
+
+    Ten as published, also on the larger map of stage 1; on the maps of small pictures as large a share.
+    """
+    cells = winners.shape[-2] * winners.shape[-1]
+    return max(1, round(PUBLISHED_FEWEST * min(1.0, cells / PUBLISHED_CELLS)))
+
+
 @dataclass(frozen=True)
 class PrototypeRule:
     """ProDA's soft labels, or labels that prototypes have already denoised (methods §5.1 and §5.2).
@@ -184,13 +195,15 @@ class PrototypeRule:
         soft, size = outputs.main.softmax(1), (self.label_size[1], self.label_size[0])
         if self.denoised:
             features = upsample(outputs.feature, size)
-            distances = prototype_distances(features, network.prototypes)
+            distances = class_distances(features, network.prototypes)
             labels, confidence = rectify(
                 upsample(soft, size), prototype_weights(distances, self.temperature), self.threshold
             )
-            near = prototype_weights(prototype_distances(outputs.feature, network.prototypes), self.temperature)
-            means, present = class_means(features, upsample(outputs.main, size).argmax(1), self.num_classes)
-            vectors = (means * present[..., None]).float().cpu().numpy().view(np.uint8)
+            near = prototype_weights(class_distances(outputs.feature, network.prototypes), self.temperature)
+            winners = upsample(outputs.main, size).argmax(1)
+            means, present = class_means(features, winners, self.num_classes, fewest_pixels(winners))
+            means = torch.where(present[..., None], means, torch.zeros_like(means))
+            vectors = means.float().cpu().numpy().view(np.uint8)
             more = [
                 {ASSIGNMENTS: near_image, MEANS: vector}
                 for near_image, vector in zip(quantise(near).cpu().numpy(), vectors, strict=True)

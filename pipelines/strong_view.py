@@ -255,15 +255,17 @@ def _sample(maps: Tensor, matrix: Tensor, mode: Mode, crop: tuple[int, int] | No
     # Written out: a matrix product may run in TF32, ten bits of coordinate.
     m = matrix[..., None, None]
     x, y = (m[:, k, 0] * x + m[:, k, 1] * y + m[:, k, 2] for k in range(2))
-    across, down = (x + 1) * (wide / 2) + NUDGE, (y + 1) * (tall / 2) + NUDGE  # in pixels of the crop
-    inside = (across >= 0) & (across < wide) & (down >= 0) & (down < tall)
+    across, down = (x + 1) * (wide / 2), (y + 1) * (tall / 2)  # in pixels of the crop
+    right, below = across + NUDGE, down + NUDGE
+    inside = (right >= 0) & (right < wide) & (below >= 0) & (below < tall)
     if crop is not None and (wide, tall) != (width, height):  # from pixels to points, each with its half of the way
         across = (across - 0.5) * ((width - 1) / max(1, wide - 1)) + 0.5
         down = (down - 0.5) * ((height - 1) / max(1, tall - 1)) + 0.5
     if mode == "bilinear":
-        grid = torch.stack((2 * (across - NUDGE) / width - 1, 2 * (down - NUDGE) / height - 1), dim=-1)
+        grid = torch.stack((2 * across / width - 1, 2 * down / height - 1), dim=-1)
         return F.grid_sample(maps, grid, mode="bilinear", padding_mode="border", align_corners=False), inside
-    column, row = across.floor().long().clamp(0, width - 1), down.floor().long().clamp(0, height - 1)
+    column, row = ((place + NUDGE).floor().long() for place in (across, down))
+    column, row = column.clamp(0, width - 1), row.clamp(0, height - 1)
     place = (row * width + column).flatten(1)
     picked = maps.flatten(2).gather(2, place[:, None, :].expand(-1, maps.shape[1], -1))
     return picked.view(maps.shape), inside

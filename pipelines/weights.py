@@ -27,6 +27,16 @@ PRODA, PRODA_STATE, PRODA_PROTOTYPES = "ResNet101", "model_state", "objective_ve
 """Where ProDA's checkpoints keep the network and its prototypes."""
 
 
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS: Any = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype("float64")),
+]
+"""What numpy writes for a number, as the best score in ProDA's checkpoints is one."""
+
+
 def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
     """Step and teaching weights of a run; see :func:`newest_state`."""
     state = newest_state(folder, weights)
@@ -63,11 +73,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         return {name: torch.from_numpy(array) for name, array in newest_weights(path)[1].items()}
     try:
-        loaded: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-        )
+        with torch.serialization.safe_globals(_NUMBERS):
+            loaded: Any = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            )
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
         cause = str(error).strip().splitlines()
         raise RunError(f"the weights {path} cannot be read: {cause[0] if cause else type(error).__name__}") from error

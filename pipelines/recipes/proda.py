@@ -34,16 +34,16 @@ from models.networks.discriminators import PatchDiscriminator
 from models.networks.proda import Proda, ProdaOutputs
 from models.prototypes import (
     PrototypeMean,
+    class_distances,
     class_means,
     momentum_update,
-    prototype_distances,
     prototype_weights,
     rectify,
 )
 from models.schedule import poly, set_rate
 from pipelines.benchmarks import Benchmark
 from pipelines.choices import check_choices, decided
-from pipelines.label_rules import ASSIGNMENTS, MEANS, SOFT, MonteCarloRule, PrototypeRule
+from pipelines.label_rules import ASSIGNMENTS, MEANS, SOFT, MonteCarloRule, PrototypeRule, fewest_pixels
 from pipelines.recipes.optimisation import Rate, Sgd, sgd
 from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, StageSchedule
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term
@@ -224,7 +224,7 @@ class TargetViews:
 
 
 def balanced(balance: ClassBalance, labels: Tensor) -> Tensor:
-    """Weight of every pixel of int64 N×h×w labels: more for classes with few pixels, 1 on average, 1 without a label."""
+    """Weight of every pixel of int64 N×h×w labels: more in a class with few pixels, 1 on average and without a label."""
     weights = balance(labels)
     valid = labels != IGNORE
     picked = torch.where(valid, weights[labels.clamp(max=len(weights) - 1)], torch.zeros_like(weights[:1]))
@@ -365,7 +365,7 @@ class DenoisingObjective:
             strong: ProdaOutputs = network(images)
             assigned, seen = warp(assignments, 0.0)
             seen = seen & (batch.pseudo_weight > 0)[:, None, None]
-            distances = prototype_distances(self.views.on_grid(strong.feature), prototypes)
+            distances = class_distances(self.views.on_grid(strong.feature), prototypes)
             structure = assignment_loss(assigned, distances, seen, self.temperature)
             terms["loss/structure"] = options.structure * structure
         return terms
@@ -385,7 +385,7 @@ class DenoisingObjective:
             self.average.eval()
             self._vectors = self._class_means(found)
             soft = self.views.of_whole(batch.records[SOFT].float() / 255, positions)
-            distances = prototype_distances(self.views.of_whole(found.feature, positions), self.network.prototypes)
+            distances = class_distances(self.views.of_whole(found.feature, positions), self.network.prototypes)
             assignments = prototype_weights(distances, self.temperature)
             labels, _ = rectify(soft, assignments, self.options.threshold)
         return labels.masked_fill(given == IGNORE, IGNORE), assignments
@@ -396,7 +396,7 @@ class DenoisingObjective:
         step = (self.views.weak.crop[0] - 1) / max(1, self.views.points[0] - 1)
         size = round(height / step), round(width / step)
         winners = upsample(found.main, size).argmax(1)
-        return class_means(upsample(found.feature, size), winners, self.term.num_classes)
+        return class_means(upsample(found.feature, size), winners, self.term.num_classes, fewest_pixels(winners))
 
     def learn(self, info: StepInfo) -> dict[str, Tensor]:
         """Step 10: the prototypes follow the features, of all students alike."""
@@ -464,7 +464,8 @@ def initial_prototypes(network: Proda, reader: ImageReader, size: Size, context:
             continue
         inputs = network_input(torch.from_numpy(image)[None].to(context.device), network.config.pixels)
         found: ProdaOutputs = forward(inputs)
-        vectors, here = class_means(found.feature, found.main.argmax(1), classes)
+        winners = found.main.argmax(1)
+        vectors, here = class_means(found.feature, winners, classes, fewest_pixels(winners))
         means[place], present[place] = vectors[0], here[0]
     means, present = context.gather(means), context.gather(present)
     mean = PrototypeMean(classes, channels, device=context.device)

@@ -224,7 +224,7 @@ class TargetViews:
 
 
 def balanced(balance: ClassBalance, labels: Tensor) -> Tensor:
-    """Weight of every pixel of int64 N×h×w labels: more in a class with few pixels, 1 on average and without a label."""
+    """Weight of every pixel of int64 N×h×w labels: more in a class with few, 1 on average and without a label."""
     weights = balance(labels)
     valid = labels != IGNORE
     picked = torch.where(valid, weights[labels.clamp(max=len(weights) - 1)], torch.zeros_like(weights[:1]))

@@ -6,6 +6,7 @@ import torch
 
 from models.prototypes import (
     PrototypeMean,
+    class_distances,
     class_means,
     momentum_update,
     prototype_distances,
@@ -281,9 +282,31 @@ def test_a_new_vector_never_weighs_less_than_one_in_3001():
 
 
 def test_afterwards_a_new_vector_weighs_one_in_ten_thousand():
-    prototypes = torch.zeros(2, 3)
+    prototypes = torch.tensor([[0.0, 0.0, 2.0], [1.0, 1.0, 1.0]])
     momentum_update(prototypes, torch.ones(1, 2, 3), torch.tensor([[True, False]]))
-    np.testing.assert_allclose(prototypes, [[1e-4] * 3, [0.0] * 3], rtol=1e-6)
+    np.testing.assert_allclose(prototypes, [[1e-4, 1e-4, 2 - 1e-4], [1.0] * 3], rtol=1e-6)
+
+
+def test_a_class_without_a_prototype_takes_its_first_vector_whole():
+    prototypes, vectors = torch.zeros(2, 3), torch.tensor([[[2.0, 4.0, 6.0]] * 2, [[0.0, 0.0, 1.0]] * 2])
+    momentum_update(prototypes, vectors, torch.tensor([[True, False], [True, False]]), momentum=0.5)
+    np.testing.assert_allclose(prototypes, [[1.0, 2.0, 3.5], [0.0] * 3])
+
+
+def test_a_class_without_a_prototype_is_nobodys_neighbour():
+    """Zeros would be the nearest of all to a feature that is unlike the others."""
+    prototypes = torch.tensor([[5.0, 0.0], [0.0, 0.0], [0.0, 7.0]])
+    features = torch.tensor([0.1, 0.1]).view(1, 2, 1, 1).requires_grad_()
+    assert prototype_distances(features, prototypes).argmin() == 1
+    distances = class_distances(features, prototypes)
+    weights = prototype_weights(distances)[0, :, 0, 0]
+    assert weights[1] == 0
+    d = np.hypot([0.1 - 5, 0.1], [0.1, 0.1 - 7])
+    np.testing.assert_allclose(weights[[0, 2]].detach(), np.exp(-d) / np.exp(-d).sum(), rtol=1e-5)
+    distances.log_softmax(1)[0, 0].sum().backward()
+    assert features.grad.isfinite().all()
+    nobody = prototype_weights(class_distances(features, torch.zeros(3, 2)))
+    np.testing.assert_allclose(nobody.detach().flatten(), 1 / 3, rtol=1e-6)
 
 
 def test_updates_go_image_by_image_and_in_place():

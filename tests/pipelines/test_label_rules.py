@@ -9,7 +9,8 @@ from actors.records import decode, encode
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from models.networks.proda import Proda
 from models.uncertainty import draw_masks, negative_labels, trunk_views
-from pipelines.label_rules import MonteCarloRule, PrototypeRule
+from pipelines import label_rules
+from pipelines.label_rules import MonteCarloRule, PrototypeRule, fewest_pixels
 from pipelines.selections import PercentileSelection
 from pipelines.views import network_input
 
@@ -241,8 +242,14 @@ def test_denoised_labels_are_those_that_the_prototypes_leave(proda):
     assert changed > 100, "the prototypes must have something to say"
 
 
-def test_a_class_of_fewer_than_ten_pixels_leaves_no_mean(proda):
-    """On a label of 48 pixels there are such."""
+@pytest.mark.parametrize(("shape", "fewest"), [((129, 257), 10), ((256, 512), 10), ((15, 30), 1), ((60, 120), 2)])
+def test_a_class_needs_ten_pixels_of_a_published_map_and_as_large_a_share_of_a_small_one(shape, fewest):
+    assert fewest_pixels(torch.zeros(1, *shape)) == fewest
+
+
+def test_a_class_of_too_few_pixels_leaves_no_mean(proda, monkeypatch):
+    """On a label of 48 pixels there are such, if a class needs ten of them."""
+    monkeypatch.setattr(label_rules, "PUBLISHED_CELLS", 48)
     made = prototype_rule(True, label_size=(8, 6)).label(proda, [images()], [0, 0, 0])
     few = 0
     for one, (main, _) in zip(made, outputs(proda, images()), strict=True):

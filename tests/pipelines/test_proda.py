@@ -492,7 +492,7 @@ def test_initial_prototypes_are_the_mean_features_of_all_images():
         found = made(image)
         winners = found.main[0].argmax(0).numpy()
         for k in range(CLASSES):
-            if (winners == k).sum() >= 10:
+            if (winners == k).any():  # a share of ten of 257×129 cells is less than one of these
                 expected[k].append(found.feature[0].detach().double().numpy()[:, winners == k].mean(1))
     prototypes = initial_prototypes(made, Pictures(), BASE, context(made)).numpy()
     assert any(expected)

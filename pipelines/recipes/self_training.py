@@ -310,7 +310,7 @@ def _self_training_stage(
         statistics="running" if options.statistics == "running" else "target",
         dropout=options.dropout,
         clip_norm=preset.clip_norm,
-        plain_view=Whole(),
+        plain_view=Whole(preset.network.pixels),
         norm_images=ingredients.norm_images_of(schedule),
     )
 

@@ -114,8 +114,13 @@ class SupervisedObjective:
 
 def training_view(ingredients: Ingredients, schedule: StageSchedule, *, more_than_values: int = 0) -> RandomCrop:
     """Jitter, crop and mirror at a stage's size."""
+    preset = ingredients.preset
     return RandomCrop(
-        ingredients.seed, schedule.crop, jitter=ingredients.preset.jitter, more_than_values=more_than_values
+        ingredients.seed,
+        schedule.crop,
+        jitter=preset.jitter,
+        more_than_values=more_than_values,
+        pixels=preset.network.pixels,
     )
 
 

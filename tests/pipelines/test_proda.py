@@ -15,6 +15,7 @@ from models.networks.discriminators import PatchDiscriminator
 from pipelines.benchmarks import benchmark
 from pipelines.label_rules import ASSIGNMENTS, MEANS, SOFT, PrototypeRule
 from pipelines.recipes import recipe
+from pipelines.recipes.few_labels import with_few_labels
 from pipelines.recipes.proda import (
     DenoisingObjective,
     DistillationObjective,
@@ -25,7 +26,7 @@ from pipelines.recipes.proda import (
     initial_prototypes,
 )
 from pipelines.recipes.recipe import Ingredients, preset
-from pipelines.recipes.supervised import SegmentationTerm
+from pipelines.recipes.supervised import SegmentationTerm, reference_stages
 from pipelines.strong_view import StrongView
 from pipelines.views import RandomCrop
 from tests.pipelines.test_recipes import Opener
@@ -224,6 +225,17 @@ def test_the_regulariser_weighs_as_published(bench, weight):
     objective = plans(bench=bench)[1].objective
     assert objective.args[3] == weight
     assert plans(ProdaOptions(regular=0.3), bench=bench)[1].objective.args[3] == 0.3
+
+
+def test_whatever_learns_or_is_compared_reads_what_the_network_reads():
+    """Reference runs and few target labels, too: their network is the recipe's."""
+    given = ingredients("mini", target_labelled=Opener("labelled"), few=Opener("few"))
+    references = [plan for domain in ("source", "target") for plan in reference_stages(given, domain, 10)]
+    every = [*references, *with_few_labels(recipe("proda").stages(given, ProdaOptions()), given)]
+    views = [view for plan in every for _, _, view in plan.streams.values()]
+    views += [plan.plain_view for plan in every if plan.plain_view is not None]
+    assert len(views) == 2 + 4 * 4
+    assert {view.pixels for view in views} == {"rgb_unit"}
 
 
 def test_small_pictures_are_compared_at_every_pixel_and_full_ones_at_every_fourth():

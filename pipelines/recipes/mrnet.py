@@ -156,7 +156,8 @@ def alignment_stage(ingredients: Ingredients) -> StagePlan:
     source_view = replace(
         training_view(ingredients, schedule, more_than_values=SOURCE_CROP_VALUES), jitter=preset.source_jitter
     )
-    target_view = RandomCrop(ingredients.seed + 1, schedule.crop, jitter=(1.0, 1.0), flip=0.0, pixels=preset.network.pixels)
+    pixels = preset.network.pixels
+    target_view = RandomCrop(ingredients.seed + 1, schedule.crop, jitter=(1.0, 1.0), flip=0.0, pixels=pixels)
     return StagePlan(
         name="alignment",
         steps=schedule.steps,
@@ -178,7 +179,7 @@ def alignment_stage(ingredients: Ingredients) -> StagePlan:
         statistics="running" if options.statistics == "running" else "target",
         dropout=options.dropout,
         clip_norm=preset.clip_norm,
-        plain_view=Whole(preset.network.pixels),
+        plain_view=Whole(pixels),
         norm_images=ingredients.norm_images_of(schedule),
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -176,6 +177,9 @@ class ProdaOptions:
         for name in ("grid", "max_label_age"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RunError(f"{name} is {getattr(self, name)}; give at least 1")
+        for name in ("prototypes", "simclr"):  # a run can be resumed from anywhere
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
         if self.extra_norm == "off" and self.simclr is not None:
             raise RunError("extra_norm is off, but a SimCLR backbone needs it; leave one of them out")
 

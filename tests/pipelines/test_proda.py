@@ -296,6 +296,13 @@ def test_options_that_cannot_work_are_refused(options, sentence):
         ProdaOptions(**options)
 
 
+def test_files_are_found_again_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ProdaOptions(simclr="simclr.pth", prototypes="folder/prototypes")
+    assert options.simclr == str(tmp_path / "simclr.pth")
+    assert options.prototypes == str(tmp_path / "folder/prototypes")
+
+
 def test_every_option_that_is_left_open_is_decided():
     for faithful in (False, True):
         decided = ProdaOptions().resolved(faithful)

@@ -63,6 +63,8 @@ RESIZED = (0.5, 1.5)
 CROP = (896 / 2048, 512 / 1024)
 """Crop, of a whole target image."""
 WEIGHT_DECAY = 2e-4
+SMALL_SHARES = (0.5, 0.25, 0.125, 0.125)
+"""Of the steps of a small preset; the published stages are equally long, but a random network has all to learn first."""
 PROTOTYPE_MOMENTUM, LARGEST_MOMENTUM = 1e-4, 0.1
 CHANNELS = 256
 INITIAL_PASSES = 4
@@ -712,7 +714,7 @@ def fitted(preset: Preset, benchmark: Benchmark) -> Preset:
     )
     if preset.name != "full":
         one, two = preset.stages
-        lengths = (one.steps, two.steps // 2, two.steps // 4, two.steps - two.steps // 2 - two.steps // 4)
+        lengths = [round(share * preset.total_steps) for share in SMALL_SHARES]
         schedules = tuple(
             replace(stage, steps=steps, horizon=round(steps * HORIZON / STEPS))
             for stage, steps in zip((one, two, two, two), lengths, strict=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -714,7 +715,8 @@ def fitted(preset: Preset, benchmark: Benchmark) -> Preset:
     )
     if preset.name != "full":
         one, two = preset.stages
-        lengths = [round(share * preset.total_steps) for share in SMALL_SHARES]
+        ends = [0, *(round(share * preset.total_steps) for share in accumulate(SMALL_SHARES))]
+        lengths = [end - begin for begin, end in pairwise(ends)]
         schedules = tuple(
             replace(stage, steps=steps, horizon=round(steps * HORIZON / STEPS))
             for stage, steps in zip((one, two, two, two), lengths, strict=True)

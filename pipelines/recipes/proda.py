@@ -65,7 +65,7 @@ CROP = (896 / 2048, 512 / 1024)
 """Crop, of a whole target image."""
 WEIGHT_DECAY = 2e-4
 SMALL_SHARES = (0.5, 0.25, 0.125, 0.125)
-"""Of the steps of a small preset; the published stages are equally long, but a random network has all to learn first."""
+"""Of the steps of a small preset. Published stages are equally long, but a random network has all to learn first."""
 PROTOTYPE_MOMENTUM, LARGEST_MOMENTUM = 1e-4, 0.1
 CHANNELS = 256
 INITIAL_PASSES = 4

@@ -280,10 +280,9 @@ class WarmUpObjective:
             terms = {"loss/segmentation": self.term.of_logits(source, batch.source_label, self.balance)}
         target: ProdaOutputs = network(batch.target)
         probabilities = upsample(target.main, size).softmax(1)
-        # The discriminator reads what the networks say at their own resolution of source and target alike when it
-        # learns, in float32: its own step has no autocast.
-        self._source = upsample(source.main.detach(), size).float().softmax(1)
-        self._target = probabilities.detach().float()
+        # As published, it learns at the network's own resolution and judges at the crop's. In float32: its own step has
+        # no autocast.
+        self._source, self._target = (found.main.detach().float().softmax(1) for found in (source, target))
         self.discriminator.requires_grad_(False)
         terms["loss/adversarial"] = self.options.adversarial * self.discriminator(probabilities).square().mean()
         return terms

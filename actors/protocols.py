@@ -234,7 +234,7 @@ class ObjectiveContext:
     before: nn.Module | None = None
     """The published network of the stage before, frozen, where the stage keeps it."""
     as_student: Callable[[nn.Module], nn.Module] = lambda network: network
-    """A network that computes in the student's precision."""
+    """A network that computes as the student's does: in its precision, and normalising as many images at a time."""
     fresh: bool = True
     """Whether the stage begins; False where a checkpoint of it is about to be loaded."""
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -234,7 +235,7 @@ class Student:
     def _take(self, build: Callable[[], nn.Module]) -> nn.Module:
         """A fresh network on this student's device."""
         network = build().to(self.device)
-        self._dropout = {m: m.p for m in network.modules() if isinstance(m, nn.Dropout2d)}
+        self._dropout = {module: module.p for module in _dropouts(network)}
         return network
 
     def _run_stage(self, stage: StageState) -> None:
@@ -398,8 +399,10 @@ class Student:
             plan.plain_view,
             previous if plan.network is None else None,
         )
+        for mine, its in zip(_dropouts(self.network), _dropouts(teaching.network), strict=True):
+            its.p = mine.p  # an objective may ask the average in training mode
         torch.manual_seed(_step_seed(self.plan.seed, first_step, 0))  # the objective's modules start alike everywhere
-        objective = plan.objective(self._context(teaching.network, before, fresh=state is None))
+        objective = plan.objective(self._context(plan, teaching.network, before, fresh=state is None))
         if state is not None:
             optimiser.load_state_dict(state["optimiser"])
             objective.load_state_dict(state["objective"])
@@ -444,7 +447,9 @@ class Student:
             if sentence is not None:
                 self.link.say(sentence, self.step)
 
-    def _context(self, teaching: nn.Module, before: nn.Module | None, *, fresh: bool) -> ObjectiveContext:
+    def _context(
+        self, plan: StagePlan, teaching: nn.Module, before: nn.Module | None, *, fresh: bool
+    ) -> ObjectiveContext:
         """What an objective may know of this student."""
         return ObjectiveContext(
             self.device,
@@ -456,7 +461,7 @@ class Student:
             self.network,
             teaching,
             before,
-            self._as_student,
+            partial(self._as_student, plan),
             fresh,
         )
 
@@ -630,16 +635,16 @@ class Student:
 
     def _parallel(self, plan: StagePlan) -> nn.Module:
         """The network as a stage's objective calls it: gradients averaged over the students."""
-        network = self.network
-        if plan.norm_images is not None:
-            network = InChunks(network, plan.norm_images)
-        network = self._as_student(network)
+        network = self._as_student(plan, self.network)
         if self.world == 1:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
-    def _as_student(self, network: nn.Module) -> nn.Module:
+    def _as_student(self, plan: StagePlan, network: nn.Module) -> nn.Module:
+        """A network that computes as the student's does in a stage."""
+        if plan.norm_images is not None:
+            network = InChunks(network, plan.norm_images)
         return InBfloat16(network, self.device.type) if self.precision == "bfloat16" else network
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -688,6 +693,10 @@ def _close(streams: dict[str, Iterator[RawBatch]]) -> None:
         close = getattr(stream, "close", None)
         if close is not None:
             close()
+
+
+def _dropouts(network: nn.Module) -> list[nn.Dropout2d]:
+    return [module for module in network.modules() if isinstance(module, nn.Dropout2d)]
 
 
 def _freeze_norms(network: nn.Module) -> None:

@@ -142,30 +142,6 @@ def assignment_loss(assignments: Tensor, student_distances: Tensor, seen: Tensor
     return F.kl_div(s, t, reduction="sum") / (shape[1] * seen.sum()).clamp(min=1)
 
 
-def structure_loss(
-    teacher_distances: Tensor, student_distances: Tensor, seen: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """:func:`assignment_loss` with t = softmax_k(−τ d~_k) of the teacher's distances (methods 5.2, step 8).
-
-    The published code marks what lies outside the strong view by a distance of 250 in every channel; here the mask
-    is an argument of its own: ``seen`` is its (d~ != 250).
-
-    Args:
-        teacher_distances: d~, warped to the student's view, float (N, C, h, w); gets no gradient.
-        student_distances: d of the student's features, float (N, C, h, w).
-        seen: bool (N, h, w) or (N, 1, h, w), False outside the student's view.
-        temperature: τ, which multiplies the distances.
-
-    Returns:
-        A scalar, not yet weighted, exactly zero if nothing is seen.
-
-    Raises:
-        ValueError: if the shapes do not fit or ``seen`` is not bool.
-    """
-    t = F.softmax(-temperature * teacher_distances.detach(), dim=1)
-    return assignment_loss(t, student_distances, seen, temperature)
-
-
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, published: bool = False) -> Tensor:
     """L_kd = mean over all N·C·h·w elements of t (log t − log p), t = softmax(teacher) (methods 5.3).
 

@@ -125,6 +125,8 @@ class Benchmark:
     """Share of a target image's height, from below, that shows the camera's own car, which is no class."""
     sure: float = 0.0
     """Probability that a pseudo label must reach in the published MRNet runs (methods §3.2)."""
+    regular: float = 0.1
+    """Weight of ProDA's regulariser in its published runs (methods §5.2)."""
     batches: tuple[int, int] = (2, 9)
     """Images of each domain in a batch of stage I and of stage II, in the published runs at full size."""
     rates: tuple[float, float] = (2e-4, 1e-4)
@@ -430,6 +432,7 @@ BENCHMARKS: dict[str, Published] = {
             shapes=_city_shapes((1280, 720), (1280, 760)),
             bonnet=_BONNET,
             sure=0.9,
+            regular=0.0,
             batches=(1, 5),
             norm_images=(1, None),
             rates=(1e-4, 1e-4),

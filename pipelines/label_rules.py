@@ -150,7 +150,7 @@ class PrototypeRule:
     Attributes:
         num_classes: C.
         size: (width, height) of the image that is seen, once, not mirrored.
-        label_size: (width, height) of the label.
+        label_size: (width, height) of a denoised label; a soft one has the network's own grid.
         feature_channels: K of the network's feature map.
         denoised: False records σ(z) (column :data:`SOFT`) and labels with its winner. True weighs it with the
             prototypes that came with the weights, labels with the winner of that, and records the prototypes' own
@@ -173,14 +173,23 @@ class PrototypeRule:
     @property
     def layout(self) -> RecordLayout:
         """Label, confidence, and probabilities of all classes on the network's grid."""
-        shape = (self.label_size[1], self.label_size[0])
-        grid = (self.num_classes, *grid_size(self.size[1], self.size[0]))
+        shape, grid = self._label_shape, (self.num_classes, *self._grid)
         columns: tuple[tuple[str, tuple[int, ...]], ...] = (("label", shape), ("confidence", shape))
         if self.denoised:
             columns += ((ASSIGNMENTS, grid), (MEANS, (self.num_classes, 4 * self.feature_channels)))
         else:
             columns += ((SOFT, grid),)
         return RecordLayout(columns, self.num_classes)
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """(height, width) of the network's own grid."""
+        return grid_size(self.size[1], self.size[0])
+
+    @property
+    def _label_shape(self) -> tuple[int, int]:
+        """(height, width) of the label; of a soft one it says no more than on the network's grid."""
+        return (self.label_size[1], self.label_size[0]) if self.denoised else self._grid
 
     @property
     def view_sizes(self) -> tuple[Size, ...]:
@@ -192,16 +201,14 @@ class PrototypeRule:
         """See :class:`actors.protocols.LabelRule`; nothing of it is random."""
         assert isinstance(network, Proda)
         outputs = network(network_input(views[0], network.config.pixels))
-        soft, size = outputs.main.softmax(1), (self.label_size[1], self.label_size[0])
+        soft, size = outputs.main.softmax(1), self._label_shape
         if self.denoised:
             features = upsample(outputs.feature, size)
             distances = class_distances(features, network.prototypes)
-            labels, confidence = rectify(
-                upsample(soft, size), prototype_weights(distances, self.temperature), self.threshold
-            )
+            winner, confidence = rectify(upsample(soft, size), prototype_weights(distances, self.temperature))
             near = prototype_weights(class_distances(outputs.feature, network.prototypes), self.temperature)
-            winners = upsample(outputs.main, size).argmax(1)
-            means, present = class_means(features, winners, self.num_classes, fewest_pixels(winners))
+            plain = upsample(outputs.main, size).argmax(1)
+            means, present = class_means(features, plain, self.num_classes, fewest_pixels(plain))
             means = torch.where(present[..., None], means, torch.zeros_like(means))
             vectors = means.float().cpu().numpy().view(np.uint8)
             more = [
@@ -209,16 +216,18 @@ class PrototypeRule:
                 for near_image, vector in zip(quantise(near).cpu().numpy(), vectors, strict=True)
             ]
         else:
-            confidence, labels = upsample(soft, size).max(1)
+            confidence, winner = soft.max(1)
             more = [{SOFT: image} for image in quantise(soft).cpu().numpy()]
         first = size[0] - round(self.ignore_bottom * size[0])
-        made = labels.to(torch.uint8).cpu().numpy()
-        made[:, first:] = IGNORE
+        winner[:, first:] = IGNORE
+        withheld = (confidence < self.threshold) & self.denoised
+        made = winner.masked_fill(withheld, IGNORE).to(torch.uint8).cpu().numpy()
+        winners = winner.to(torch.uint8).cpu().numpy()
         return [
             Labelled(
                 {"label": label, "confidence": sure, **columns},
                 np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
-                confidence_histogram(label, sure, self.num_classes),
+                confidence_histogram(best, sure, self.num_classes),
             )
-            for label, sure, columns in zip(made, quantise(confidence).cpu().numpy(), more, strict=True)
+            for label, best, sure, columns in zip(made, winners, quantise(confidence).cpu().numpy(), more, strict=True)
         ]

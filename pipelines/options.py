@@ -117,19 +117,19 @@ class AdaptOptions(DataOptions):
     weights. flat: all parts alike, which suits random ones. auto: the preset's."""
     hard_pixels: float | None = None
     """Percentile of the supervised loss, and of the plain loss on pseudo labels, below which a pixel is left out
-    (hard-pixel mining); 0 learns from all. Default: 0, and 80 with --faithful."""
+    (hard-pixel mining); 0 learns from all. Default: 0, and 80 with --faithful, but for proda."""
     rare_weight: float | None = None
     """Weight in every loss on labels of a class with few pixels in a batch, and again of one that is rarely in any.
-    Default: 2.5, and 7 with --faithful."""
+    Default: 2.5, and with --faithful 7, or 1 with proda."""
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
-    """Whether the scales and shifts of the backbone's batch norms learn in stage I. auto: train, and freeze with
-    --faithful, which presumes a pretrained backbone."""
+    """Whether the scales and shifts of the backbone's batch norms learn in MRNet's stage I. auto: train, and freeze
+    with --faithful, which presumes a pretrained backbone. For proda there is --proda.warmup-norms."""
     norm_images: int | None = None
     """Images that batch norm sees together in training; the first of them alone move the running statistics. Default:
     all of a student's batch, and at full size with --faithful as many as the published runs had on a device."""
     init: str | None = None
     """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
-    (of MRNet or EPLC), or a run directory. Default: random."""
+    (of MRNet, EPLC or ProDA), a file in stages/ of a run, or a run directory. Default: random."""
     from_stage: int = 1
     """First stage to run, of a run that starts from the weights of the stage before (--init). --steps and the preset
     go on counting the stages that are left out."""
@@ -167,7 +167,7 @@ class AdaptOptions(DataOptions):
     runs: str = "runs"
     """Folder of all run directories."""
     cache: bool = True
-    """Keep decoded images in the data folder (about 3 MB each at full size)."""
+    """Keep decoded images in the data folder (about 3 MB each at full size, and 6 MB with proda)."""
     address: str | None = None
     """Ray cluster to use, for example auto. Default: start one on this machine."""
     dashboard: bool = True

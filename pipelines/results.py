@@ -19,7 +19,6 @@ import ray
 import torch
 
 from models.scores import gap_closed
-from pipelines.recipes import recipe
 from pipelines.setup import Setup
 
 ROW_NAMES = {"source_only": "source-only", "adabn": "AdaBN", "adapted": "adapted", "oracle": "oracle"}
@@ -100,10 +99,6 @@ def assemble(
 def record(setup: Setup) -> dict[str, Any]:
     """What the run did, with everything decided that its options left open."""
     options = setup.options
-    chosen = {
-        name: getattr(options, name).resolved(options.faithful)
-        for name in {options.recipe, *recipe(options.recipe).begins_with}
-    }
     return {
         "preset": setup.preset.name,
         "faithful": options.faithful,
@@ -127,7 +122,7 @@ def record(setup: Setup) -> dict[str, Any]:
             }
             for stage in setup.plan.stages
         ],
-        "options": {name: dataclasses.asdict(found) for name, found in sorted(chosen.items())},
+        "options": {name: dataclasses.asdict(found) for name, found in sorted(setup.decided.items())},
     }
 
 

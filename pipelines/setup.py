@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class Setup:
         references: plans of the runs that involve no method, by name; empty when none are wanted.
         cache: decoded images.
         makes: how the recipe makes pseudo labels, whether or not this run is given others; None where it makes none.
+        decided: options of the recipe and of those it begins with, with everything decided that the user left open.
     """
 
     options: AdaptOptions
@@ -60,6 +62,7 @@ class Setup:
     references: dict[str, RunPlan]
     cache: DecodeCache
     makes: LabelPlan | None = None
+    decided: Mapping[str, Any] = field(default_factory=dict)
 
     def open_given(self) -> Table | None:
         """The pseudo labels that the user gives instead of having teachers make them, or None.
@@ -190,6 +193,8 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         published_term=chosen.published_term,
         reader=SplitReader(domains.target, cache),
         from_stage=options.from_stage,
+        to_train=to_train,
+        regular=pair.regular,
         source=_opener(domains.source, options.seed, "source", cache),
         target=_opener(domains.target, options.seed, "target", cache),
         target_labelled=None
@@ -233,7 +238,10 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     if options.references == "always" and domains.validation is None:
         raise RunError("--references always trains runs to be scored, and there are no labels to score on")
     references = _references(named, size, ingredients, plan) if wants_references(options) and not whole else {}
-    return Setup(named, pair, domains, size, plan, references, cache, makes)
+    decided = {
+        name: recipe(name).decide(getattr(options, name), ingredients) for name in (chosen.name, *chosen.begins_with)
+    }
+    return Setup(named, pair, domains, size, plan, references, cache, makes, decided)
 
 
 def choose_pair(options: DataOptions) -> tuple[Benchmark, Callable[[], Domains]]:

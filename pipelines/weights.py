@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from models.networks.deeplab import DeepLabConfig, Segmenter
-from models.networks.layouts import fitting, is_whole_network, load, load_backbone
+from models.networks.layouts import backbone_part, fitting, is_whole_network, load
 from models.networks.proda import PROTOTYPES
 
 Weights = Literal["last", "recommended"]
@@ -148,16 +148,25 @@ def load_initial(path: str, network: nn.Module) -> None:
         raise RunError(f"{path}: {error}") from error
 
 
-def load_pretrained_backbone(path: str, network: nn.Module) -> None:
-    """Fill the backbone alone, from a file whose other tensors do not matter (SimCLR); called by every student.
+def check_pretrained_backbone(path: str, network: nn.Module) -> dict[str, Tensor]:
+    """What a file whose other tensors do not matter (SimCLR) holds of a backbone; on the ``meta`` device is enough.
 
     Raises:
         RunError: it cannot be read, or holds nothing of this backbone.
     """
     try:
-        load_backbone(network, read_weights(path))
+        return backbone_part(network, read_weights(path))
     except ValueError as error:
         raise RunError(f"{path}: {error}") from error
+
+
+def load_pretrained_backbone(path: str, network: nn.Module) -> None:
+    """Fill the backbone alone; called by every student.
+
+    Raises:
+        RunError: see :func:`check_pretrained_backbone`.
+    """
+    network.load_state_dict(check_pretrained_backbone(path, network), strict=False)
 
 
 def _is_zip(path: Path) -> bool:

@@ -128,14 +128,11 @@ def load(network: nn.Module, state: Mapping[str, Tensor]) -> int:
     return len(tensors)
 
 
-def load_backbone(network: nn.Module, state: Mapping[str, Tensor]) -> int:
-    """Take from a file whatever has the name of a tensor of the backbone, and nothing else (methods 8.5, SimCLR).
-
-    Returns:
-        The number of tensors loaded.
+def backbone_part(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whatever in a file has the name of a tensor of the backbone, and nothing else (methods 8.5, SimCLR).
 
     Raises:
-        ValueError: there is none, or one has another shape; nothing is loaded then.
+        ValueError: there is none, or one has another shape.
     """
     own, given = network.state_dict(), strip_parallel(state)
     taken = {key: given[key] for key in own if key in given and key.partition(".")[0] in _BACKBONE}
@@ -144,8 +141,7 @@ def load_backbone(network: nn.Module, state: Mapping[str, Tensor]) -> int:
     found = differences({key: own[key] for key in taken}, taken)
     if found:
         raise ValueError(f"the pretrained file does not fit this backbone: {found}")
-    network.load_state_dict(taken, strict=False)
-    return len(taken)
+    return taken
 
 
 _BACKBONE = frozenset(("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))

@@ -45,12 +45,16 @@ def with_given_labels(stages: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
         raise RunError("this recipe takes no pseudo labels; leave --pseudo-labels out, or choose another --recipe")
     if len(labelled) > 1:
         raise RunError(
-            f"--pseudo-labels are one round of labels, and the recipe is to run {len(labelled)}; leave rounds out"
+            f"--pseudo-labels are one round of labels, and the recipe is to run {len(labelled)}; leave rounds out, or "
+            "run one stage alone (--from-stage, --to-stage)"
         )
     for plan in labelled:
         wanted = {name for name, _ in plan.rule.layout.columns}
         if wanted != COLUMNS:
-            raise RunError(f"this recipe's pseudo labels have {', '.join(sorted(wanted))}, which files do not hold")
+            raise RunError(
+                f"the pseudo labels of this stage have {', '.join(sorted(wanted))}, and files hold label and "
+                "confidence; leave --pseudo-labels out, or run a stage that needs no more of them (--from-stage)"
+            )
     return tuple(replace(stage, labels=_as_given(stage.labels)) for stage in stages)
 
 

@@ -51,7 +51,7 @@ from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, StageSch
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term
 from pipelines.strong_view import StrongView
 from pipelines.views import RandomCrop, Whole, network_input, normalised, rgb
-from pipelines.weights import load_pretrained_backbone
+from pipelines.weights import check_pretrained_backbone, load_pretrained_backbone
 
 STEPS, HORIZON = 62_412, 90_000
 """Of every published stage: 84 epochs, and where its rate would have reached zero (Q-PD-5)."""
@@ -78,7 +78,6 @@ class ProdaOptions:
 
     OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {
         "denoise": ("teacher", "student"),
-        "average_mode": ("train", "train"),
         "kd": ("fixed", "published"),
         "translation": ("exact", "published"),
         "replay": ("ordered", "published"),
@@ -92,7 +91,7 @@ class ProdaOptions:
     denoise: Literal["auto", "student", "teacher"] = "auto"
     """Who denoises soft labels with the prototypes. student: the student's step, by a forward pass of its average over
     the whole image, as published. teacher: whoever makes the labels, with the prototypes that come with the weights.
-    auto: teacher, and student with --faithful."""
+    auto: teacher, and student where labels are made once (--refresh once, --faithful)."""
     adversarial: float = 0.01
     """Weight of the discriminator's loss in the warm-up."""
     discriminator_rate: float = 1e-4
@@ -117,9 +116,9 @@ class ProdaOptions:
     """Weight of the regulariser. Default: as published, 0 from SYNTHIA and 0.1 otherwise."""
     structure: float = 10.0
     """Weight of the structure loss between what prototypes say of the weak view and of the strong one."""
-    average_mode: Literal["auto", "train", "eval"] = "auto"
+    average_mode: Literal["train", "eval"] = "train"
     """Mode of the average where the student denoises (Q-PD-3). train: it drops channels and normalises by its batch,
-    as published. eval: neither. auto: train."""
+    as published. eval: neither."""
     prototypes: str | None = None
     """File with initial prototypes, a tensor C×256. Default: computed from all target images."""
     simclr: str | None = None
@@ -223,6 +222,11 @@ class TargetViews:
         )
         return labels[:, rows[:, None], columns]
 
+    def of_grid(self, term: SegmentationTerm) -> SegmentationTerm:
+        """A supervised loss whose small classes are as small on the grid as they are in the crop."""
+        share = self.points[0] * self.points[1] / (self.weak.crop[0] * self.weak.crop[1])
+        return replace(term, small_class_pixels=max(1, round(share * term.small_class_pixels)))
+
     def strongly(self, weak: Tensor, positions: np.ndarray) -> tuple[Tensor, Callable[[Tensor, float], Any]]:
         """The strong view of network inputs, and what warps maps on the grid after it: (maps, fill) → (maps, seen)."""
         pixels = self.weak.pixels
@@ -253,7 +257,7 @@ class WarmUpObjective:
     ) -> None:
         self.term, self.options, self.horizon, self.context = term, options, horizon, context
         self.source_views = source_views
-        self.balance = term.balance(context)
+        self.balance, self.grid_balance = term.balance(context), source_views.of_grid(term).balance(context)
         self.discriminator = PatchDiscriminator(term.num_classes, discriminator_width).to(context.device)
         self.optimiser = torch.optim.Adam(
             self.discriminator.parameters(), lr=options.discriminator_rate, betas=(0.9, 0.99)
@@ -273,7 +277,7 @@ class WarmUpObjective:
             strong, warp = views.strongly(batch.source, batch.positions["source"])
             label, _ = warp(views.labels_on_grid(batch.source_label)[:, None], IGNORE)
             source = network(strong)
-            on_grid = segmentation_loss(views.on_grid(source.main), label[:, 0], self.balance(label[:, 0]))
+            on_grid = segmentation_loss(views.on_grid(source.main), label[:, 0], self.grid_balance(label[:, 0]))
             terms = {"loss/segmentation": self.options.strong_source * on_grid}
         else:
             source = network(batch.source)
@@ -304,6 +308,7 @@ class WarmUpObjective:
         """Running class weights, discriminator and its optimiser."""
         return {
             "balance": self.balance.state_dict(),
+            "grid_balance": self.grid_balance.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
@@ -311,6 +316,7 @@ class WarmUpObjective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.balance.load_state_dict(state["balance"])
+        self.grid_balance.load_state_dict(state["grid_balance"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimiser.load_state_dict(state["optimiser"])
 
@@ -327,15 +333,15 @@ class DenoisingObjective:
         term: SegmentationTerm,
         options: ProdaOptions,
         views: TargetViews,
-        regular: float,
         reader: ImageReader,
         context: ObjectiveContext,
     ) -> None:
         assert options.momentum is not None
         assert options.temperature is not None
-        self.term, self.options, self.views, self.regular, self.context = term, options, views, regular, context
+        assert options.regular is not None
+        self.term, self.options, self.views, self.regular, self.context = term, options, views, options.regular, context
         self.momentum, self.temperature = options.momentum, options.temperature
-        self.balance, self.target_balance = term.balance(context), term.balance(context)
+        self.balance, self.target_balance = term.balance(context), views.of_grid(term).balance(context)
         assert isinstance(context.network, Proda)
         assert isinstance(context.teaching, Proda)
         self.network, self.average = context.network, context.teaching
@@ -398,9 +404,8 @@ class DenoisingObjective:
 
     def _class_means(self, found: ProdaOutputs) -> tuple[Tensor, Tensor]:
         """V of every image and class, on the quarter of the whole image."""
-        width, height = self.views.base
-        step = (self.views.weak.crop[0] - 1) / max(1, self.views.points[0] - 1)
-        size = round(height / step), round(width / step)
+        (width, height), crop, points = self.views.base, self.views.weak.crop, self.views.points
+        size = round(height * points[1] / crop[1]), round(width * points[0] / crop[0])
         winners = upsample(found.main, size).argmax(1)
         return class_means(upsample(found.feature, size), winners, self.term.num_classes, fewest_pixels(winners))
 
@@ -487,7 +492,7 @@ class DistillationObjective:
         self, term: SegmentationTerm, options: ProdaOptions, views: TargetViews, context: ObjectiveContext
     ) -> None:
         self.term, self.options, self.views = term, options, views
-        self.balance, self.target_balance = term.balance(context), term.balance(context)
+        self.balance, self.target_balance = term.balance(context), views.of_grid(term).balance(context)
         assert context.before is not None
         self.teacher = context.as_student(context.before)
 
@@ -529,19 +534,14 @@ class DistillationObjective:
 
 def stages(ingredients: Ingredients, options: ProdaOptions) -> tuple[StagePlan, ...]:
     """Warm-up, denoising, and distillation twice."""
-    options = _sized(options.resolved(ingredients.faithful), ingredients.preset)
+    options = decide(options, ingredients)
     if options.extra_norm == "on" and options.simclr is None and ingredients.from_stage < 4:
         raise RunError(
             "extra_norm is on without a SimCLR backbone to put it behind; give --proda.simclr, or --from-stage 4 with "
             "weights that have one"
         )
-    if options.prototypes is not None or options.simclr is not None:  # a wrong file is refused before anything starts
-        network = Build(ingredients.preset.network)()
-        assert isinstance(network, Proda)
-        if options.prototypes is not None:
-            given_prototypes(options.prototypes, network)
-        if options.simclr is not None:
-            load_pretrained_backbone(options.simclr, network)
+    if ingredients.to_train:
+        _check_files(options, ingredients)
     return (
         _warm_up(ingredients, options),
         _denoising(ingredients, options),
@@ -550,14 +550,50 @@ def stages(ingredients: Ingredients, options: ProdaOptions) -> tuple[StagePlan, 
     )
 
 
-def _sized(options: ProdaOptions, preset: Preset) -> ProdaOptions:
-    """The same with what depends on the preset's length and network decided."""
-    if options.momentum is None:
-        share = PROTOTYPE_MOMENTUM * max(1.0, STEPS / preset.stages[1].steps)
-        options = replace(options, momentum=min(share, LARGEST_MOMENTUM))
-    if options.temperature is None:
-        options = replace(options, temperature=(CHANNELS / preset.network.bottleneck_channels) ** 0.5)
-    return options
+def _check_files(options: ProdaOptions, ingredients: Ingredients) -> None:
+    """Refuse a wrong file before anything starts, if a stage that is run reads it.
+
+    Raises:
+        RunError: it cannot be read or does not fit.
+    """
+    with torch.device("meta"):
+        network = Build(ingredients.preset.network)()
+    assert isinstance(network, Proda)
+    if options.prototypes is not None and ingredients.from_stage <= 2:
+        given_prototypes(options.prototypes, network)
+    if options.simclr is not None and ingredients.from_stage <= 3:
+        check_pretrained_backbone(options.simclr, network)
+
+
+def decide(options: ProdaOptions, ingredients: Ingredients) -> ProdaOptions:
+    """The same with everything decided that the user left open, as far as the run decides it.
+
+    Raises:
+        RunError: what was asked for does not go together.
+    """
+    preset, once = ingredients.preset, ingredients.refresh == "once"
+    if once and options.denoise == "teacher":
+        raise RunError(
+            "denoise is teacher and labels are made once: they would stay what the first prototypes made of them; "
+            "leave --refresh once out, or let the student denoise"
+        )
+    if once and options.max_label_age is not None:
+        raise RunError(
+            f"max_label_age is {options.max_label_age}, but labels of one round grow old by design; leave it or "
+            "--refresh once out"
+        )
+    if once and options.denoise == "auto":
+        options = replace(options, denoise="student")
+    options = options.resolved(ingredients.faithful)
+    momentum = PROTOTYPE_MOMENTUM * max(1.0, STEPS / preset.stages[1].steps)
+    found = {
+        "momentum": min(momentum, LARGEST_MOMENTUM),
+        "temperature": (CHANNELS / preset.network.bottleneck_channels) ** 0.5,
+        "regular": ingredients.regular,
+        "grid": 4 if preset.name == "full" else 1,
+        "ignore_bottom": ingredients.bonnet,
+    }
+    return replace(options, **{name: value for name, value in found.items() if getattr(options, name) is None})
 
 
 def _views(ingredients: Ingredients, options: ProdaOptions, stage: int, domain: str = "target") -> TargetViews:
@@ -565,7 +601,7 @@ def _views(ingredients: Ingredients, options: ProdaOptions, stage: int, domain: 
     preset, schedule = ingredients.preset, ingredients.preset.stages[stage]
     assert options.translation != "auto"
     assert options.replay != "auto"
-    step = options.grid or (4 if preset.name == "full" else 1)
+    assert options.grid is not None
     target = domain == "target"
     weak = RandomCrop(
         ingredients.seed + (1 if target else 0),
@@ -577,7 +613,7 @@ def _views(ingredients: Ingredients, options: ProdaOptions, stage: int, domain: 
         weak,
         StrongView(ingredients.seed, options.translation, options.replay),
         schedule.target_size if target else schedule.source_size,
-        (max(2, schedule.crop[0] // step), max(2, schedule.crop[1] // step)),
+        (max(2, schedule.crop[0] // options.grid), max(2, schedule.crop[1] // options.grid)),
     )
 
 
@@ -605,7 +641,7 @@ def _stage(ingredients: Ingredients, options: ProdaOptions, stage: int, **more: 
 
 def _sgd(ingredients: Ingredients, *, train_norm_affine: bool = True) -> Sgd:
     made = sgd(ingredients.preset, train_norm_affine=train_norm_affine)
-    if ingredients.preset.rates == "flat":  # a random network has its own settings, in the preset
+    if ingredients.preset.name != "full":  # a random network has settings of its own
         return made
     return replace(made, weight_decay=WEIGHT_DECAY, nesterov=False)
 
@@ -634,26 +670,27 @@ def _denoising(ingredients: Ingredients, options: ProdaOptions) -> StagePlan:
     preset, views = ingredients.preset, _views(ingredients, options, 1)
     denoised = options.denoise == "teacher"
     assert options.temperature is not None
+    assert options.grid is not None
+    assert options.regular is not None
+    assert options.ignore_bottom is not None
+    width, height = preset.stages[1].target_size
     rule = PrototypeRule(
         num_classes=ingredients.num_classes,
-        size=preset.stages[1].target_size,
-        label_size=preset.label_size,
+        size=(width, height),
+        label_size=(max(2, width // options.grid), max(2, height // options.grid)),
         feature_channels=preset.network.bottleneck_channels,
         denoised=denoised,
         temperature=options.temperature,
         threshold=options.threshold,
-        ignore_bottom=_bottom(ingredients, options),
+        ignore_bottom=options.ignore_bottom,
     )
-    regular = options.regular if options.regular is not None else (0.0 if ingredients.sure else 0.1)
     assert ingredients.reader is not None
     return _stage(
         ingredients,
         options,
         1,
         name="denoising",
-        objective=partial(
-            DenoisingObjective, segmentation_term(ingredients), options, views, regular, ingredients.reader
-        ),
+        objective=partial(DenoisingObjective, segmentation_term(ingredients), options, views, ingredients.reader),
         # One group: no part of the network learns faster than another (Q-SH-1 does not apply).
         optimiser=replace(_sgd(ingredients), duplicates="once", head_multiplier=1.0),
         labels=LabelPlan(
@@ -669,6 +706,7 @@ def _distillation(ingredients: Ingredients, options: ProdaOptions, number: int) 
     preset = ingredients.preset
     begins_anew = number == 2 and (options.simclr is not None or options.extra_norm == "on")
     network = Build(replace(preset.network, extra_norm=True)) if begins_anew else None
+    assert options.ignore_bottom is not None
     rule = MonteCarloRule(
         num_classes=ingredients.num_classes,
         sizes=(preset.stages[number].target_size,),
@@ -678,7 +716,7 @@ def _distillation(ingredients: Ingredients, options: ProdaOptions, number: int) 
         keep="mean",
         threshold=options.sure,
         max_std=0.0,
-        ignore_bottom=_bottom(ingredients, options),
+        ignore_bottom=options.ignore_bottom,
     )
     return _stage(
         ingredients,
@@ -697,10 +735,6 @@ def _distillation(ingredients: Ingredients, options: ProdaOptions, number: int) 
         labelled_by="before",
         keeps_before=True,
     )
-
-
-def _bottom(ingredients: Ingredients, options: ProdaOptions) -> float:
-    return ingredients.bonnet if options.ignore_bottom is None else options.ignore_bottom
 
 
 def fitted(preset: Preset, benchmark: Benchmark) -> Preset:
@@ -750,5 +784,6 @@ RECIPE = Recipe(
     summary="ProDA: warm-up, labels denoised by prototypes, and distillation twice",
     stages=stages,
     fitted=fitted,
+    decide=decide,
     published_term=(0.0, 1.0),
 )

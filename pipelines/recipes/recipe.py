@@ -181,6 +181,8 @@ class Ingredients:
         published_term: percentile of mining and weight of rare classes in the supervised loss of the published system.
         reader: target images without labels, for what a stage needs to know of all of them when it begins.
         from_stage: the first stage that is run.
+        to_train: False where only a run's data and network are wanted.
+        regular: weight of ProDA's regulariser in the published runs.
     """
 
     preset: Preset
@@ -202,6 +204,8 @@ class Ingredients:
     published_term: tuple[float, float] = PUBLISHED_TERM
     reader: ImageReader | None = None
     from_stage: int = 1
+    to_train: bool = True
+    regular: float = 0.1
 
     def norm_images_of(self, schedule: StageSchedule) -> int | None:
         """Images that batch norm sees together in a stage; None for all of a student's."""
@@ -219,6 +223,7 @@ class Recipe:
         schedules: how many of the preset's stage schedules it runs; None for all.
         begins_with: recipes whose stages it begins with, and whose options count for them.
         fitted: the preset of a benchmark as this recipe runs it.
+        decide: the recipe's options with everything decided that the user left open.
         published_term: percentile of mining and weight of rare classes in the published system's supervised loss.
     """
 
@@ -228,6 +233,7 @@ class Recipe:
     schedules: int | None = None
     begins_with: tuple[str, ...] = ()
     fitted: Callable[[Preset, Benchmark], Preset] = lambda preset, benchmark: preset
+    decide: Callable[[Any, Ingredients], Any] = lambda options, ingredients: options.resolved(ingredients.faithful)
     published_term: tuple[float, float] = PUBLISHED_TERM
 
 

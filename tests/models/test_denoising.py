@@ -10,9 +10,9 @@ from models.denoising import (
     distillation_loss,
     regulariser,
     reverse_cross_entropy,
-    structure_loss,
     symmetric_cross_entropy,
 )
+from models.prototypes import prototype_weights
 
 N, C, H, W = 2, 4, 3, 5
 GENERATOR = torch.Generator().manual_seed(11)
@@ -24,6 +24,12 @@ LABELS[0, 0] = 255
 SEEN = torch.rand(N, H, W, generator=GENERATOR) < 0.6
 PIXELS = torch.rand(N, H, W, generator=GENERATOR)
 NOTHING = torch.full((N, H, W), 255)
+
+
+def structure_loss(teacher_distances, student_distances, seen, temperature=1.0):
+    """As the student computes it: what prototypes say of the weak view, and of the strong one."""
+    assignments = prototype_weights(teacher_distances, temperature)
+    return assignment_loss(assignments, student_distances, seen, temperature)
 
 
 def places():

@@ -22,6 +22,7 @@ from pipelines.recipes.proda import (
     ProdaOptions,
     TargetViews,
     WarmUpObjective,
+    decide,
     given_prototypes,
     initial_prototypes,
 )
@@ -57,6 +58,7 @@ def ingredients(size="full", bench="gta2city", **more):
         "seed": 3,
         "bonnet": pair.bonnet,
         "sure": pair.sure,
+        "regular": pair.regular,
         "faithful": False,
         "refresh": "continuous",
         "source": Opener("source"),
@@ -143,10 +145,9 @@ def batch(seed=0, weight=1.0):
 
 def denoising(student, average, options=None, fresh=False, regular=0.1, reader=None):
     options = (options or ProdaOptions(average_mode="eval")).resolved(False)
-    options = replace(options, temperature=options.temperature or 1.0, momentum=options.momentum or 1e-4)
-    return DenoisingObjective(
-        TERM, options, VIEWS, regular, reader or Pictures(), context(student, average, fresh=fresh)
-    )
+    decided = {"temperature": options.temperature or 1.0, "momentum": options.momentum or 1e-4, "regular": regular}
+    known = context(student, average, fresh=fresh)
+    return DenoisingObjective(TERM, replace(options, **decided), VIEWS, reader or Pictures(), known)
 
 
 def quiet(made):
@@ -216,15 +217,22 @@ def test_the_faithful_run_is_the_published_one(faithful):
 
 def test_soft_labels_are_kept_on_the_networks_own_grid_in_a_byte_a_class():
     layout = plans(faithful=True, refresh="once")[1].labels.rule.layout
-    assert dict(layout.columns)[SOFT] == (19, 129, 257)
-    assert np.prod(dict(layout.columns)[SOFT]) == pytest.approx(0.63e6, rel=1e-2)
+    assert dict(layout.columns) == {"label": (129, 257), "confidence": (129, 257), SOFT: (19, 129, 257)}
+    assert layout.row_bytes == pytest.approx(0.70e6, rel=1e-2)
+
+
+def test_denoised_labels_are_kept_on_a_quarter_of_the_image():
+    layout = plans()[1].labels.rule.layout
+    assert dict(layout.columns)["label"] == (256, 512)
+    assert dict(layout.columns)[ASSIGNMENTS] == (19, 129, 257)
+    assert layout.row_bytes == pytest.approx(0.91e6, rel=1e-2)
 
 
 @pytest.mark.parametrize(("bench", "weight"), [("gta2city", 0.1), ("synthia2city", 0.0)])
 def test_the_regulariser_weighs_as_published(bench, weight):
     objective = plans(bench=bench)[1].objective
-    assert objective.args[3] == weight
-    assert plans(ProdaOptions(regular=0.3), bench=bench)[1].objective.args[3] == 0.3
+    assert objective.args[1].regular == weight
+    assert plans(ProdaOptions(regular=0.3), bench=bench)[1].objective.args[1].regular == 0.3
 
 
 def test_whatever_learns_or_is_compared_reads_what_the_network_reads():
@@ -303,11 +311,41 @@ def test_files_are_found_again_from_another_folder(tmp_path, monkeypatch):
     assert options.prototypes == str(tmp_path / "folder/prototypes")
 
 
-def test_every_option_that_is_left_open_is_decided():
-    for faithful in (False, True):
-        decided = ProdaOptions().resolved(faithful)
-        left = [name for name in ProdaOptions.OPEN if getattr(decided, name) in (None, "auto")]
-        assert left == ([] if faithful else ["ignore_bottom"])  # the benchmark's own bonnet
+@pytest.mark.parametrize("size", ["full", "mini"])
+@pytest.mark.parametrize("faithful", [False, True])
+def test_every_option_that_is_left_open_is_decided(faithful, size):
+    given = ingredients(size, faithful=faithful, refresh="once" if faithful else "continuous")
+    found = vars(decide(ProdaOptions(), given))
+    assert {name for name, value in found.items() if value in (None, "auto")} <= FILES_AND_LIMITS
+    assert found["denoise"] == ("student" if faithful else "teacher")
+    assert (found["grid"], found["temperature"]) == ((4, 1.0) if size == "full" else (1, 2.0))
+    assert found["momentum"] == pytest.approx(1e-4 if size == "full" else 1e-4 * 62_412 / 275)
+
+
+FILES_AND_LIMITS = {"prototypes", "simclr", "extra_norm", "max_label_age"}
+
+
+def test_labels_that_are_made_once_are_denoised_by_the_student():
+    assert decide(ProdaOptions(), ingredients(refresh="once")).denoise == "student"
+    with pytest.raises(RunError, match="leave --refresh once out"):
+        decide(ProdaOptions(denoise="teacher"), ingredients(refresh="once"))
+    with pytest.raises(RunError, match="grow old by design"):
+        decide(ProdaOptions(max_label_age=5), ingredients(refresh="once"))
+
+
+def test_small_classes_are_as_small_on_the_grid_as_in_the_crop():
+    term = SegmentationTerm(CLASSES, small_class_pixels=96)
+    assert VIEWS.of_grid(term).small_class_pixels == 96 * 16 * 12 // (32 * 24)
+
+
+def test_files_are_read_only_where_a_stage_is_to_use_them(tmp_path):
+    """A run whose SimCLR file is gone can still be scored, and resumed behind it."""
+    gone = ProdaOptions(simclr=str(tmp_path / "gone.pth"), prototypes=str(tmp_path / "gone"))
+    for late in ({"to_train": False}, {"from_stage": 4}):
+        assert len(plans(gone, size="tiny", **late)) == 4
+    for early in (1, 2, 3):
+        with pytest.raises(RunError, match="cannot be read"):
+            plans(gone, size="tiny", from_stage=early)
 
 
 def test_quirks_of_the_strong_view_have_switches():

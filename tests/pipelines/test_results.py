@@ -58,7 +58,7 @@ def test_a_result_says_what_was_decided_for_it(setup):
     few = tuple(replace(stage, norm_images=3) for stage in setup.plan.stages)
     chunked = results(replace(setup, plan=replace(setup.plan, stages=few)), adapted=30.0)["run"]
     assert [stage["norm_images"] for stage in chunked["stages"]] == [3, 3]
-    theirs = results(replace(setup, options=replace(setup.options, faithful=True)), adapted=30.0)["run"]
+    theirs = results(resolve(replace(setup.options, faithful=True)), adapted=30.0)["run"]
     assert theirs["options"]["eplc"]["selection"] == "mean"
     assert theirs["options"]["mrnet"]["teacher"] == "student"
     json.dumps(theirs)

@@ -4,9 +4,9 @@
     python -m bench.proda arrangements --seeds 0 1 2         the denoising stage, from the warm-up of those runs
     python -m bench.proda page                               docs/proda.md from the results
 
-**arrangements** runs the same stage from the same weights three times: labels made once and denoised in the student's
-step, as published; made again without end and denoised there; made again without end and denoised by the teacher. Every
-run has a process of its own for student and teacher, on two cores.
+**arrangements** runs the same stage from the same weights twice: labels made once and denoised in the student's step, as
+published; and made again without end and denoised by the teacher. Every run has a process of its own for student and
+teacher, on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ EPLC = "demo-{benchmark}-s{seed}.json"
 
 ARRANGEMENTS: dict[str, tuple[str, ...]] = {
     "student, once": ("--proda.denoise", "student", "--refresh", "once"),
-    "student, continuous": ("--proda.denoise", "student", "--refresh", "continuous"),
     "teacher, continuous": ("--proda.denoise", "teacher", "--refresh", "continuous"),
 }
 
@@ -43,11 +42,6 @@ def run(name: str, runs: Path, arguments: list[str]) -> Path:
         command = [sys.executable, "run.py", "--recipe", "proda", "--no-dashboard", "--runs", str(runs), "--name", name]
         subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return folder
-
-
-def whole(benchmark: str, seed: int, runs: Path) -> Path:
-    """The whole recipe."""
-    return run(f"proda-{benchmark}-s{seed}", runs, ["--benchmark", benchmark, "--seed", str(seed)])
 
 
 def keep(key: str, folder: Path, arguments: list[str]) -> None:
@@ -73,14 +67,15 @@ def keep(key: str, folder: Path, arguments: list[str]) -> None:
 def stages(benchmark: str, seeds: list[int], runs: Path) -> None:
     """The whole recipe for every seed."""
     for seed in seeds:
-        keep(f"stages, {benchmark}, seed {seed}", whole(benchmark, seed, runs), ["--benchmark", benchmark])
+        arguments = ["--benchmark", benchmark, "--seed", str(seed)]
+        keep(f"stages, {benchmark}, seed {seed}", run(f"proda-{benchmark}-s{seed}", runs, arguments), arguments)
         print(f"{benchmark}, seed {seed}: done", flush=True)
 
 
 def arrangements(benchmark: str, seeds: list[int], runs: Path) -> None:
-    """The denoising stage three times for every seed."""
+    """The denoising stage in every arrangement, for every seed."""
     for seed in seeds:
-        (_, start), *_ = kept_stages(whole(benchmark, seed, runs))
+        (_, start), *_ = kept_stages(runs / f"proda-{benchmark}-s{seed}")
         common = ["--benchmark", benchmark, "--seed", str(seed), "--references", "never"]
         only = ["--from-stage", "2", "--to-stage", "2", "--init", str(start)]
         for name, arguments in ARRANGEMENTS.items():

@@ -2,8 +2,8 @@
 
     python -m bench.soft_labels --run RUN        a finished run of recipe proda
 
-With the weights and prototypes after warm-up and denoising: labels that prototypes have denoised from soft labels in
-float32, in float16 and in steps of 1/255. Counted is the share of points of the grid whose label is another than from
+Soft labels of the warm-up's weights, denoised with features and prototypes of those after denoising, as at the end of that
+stage with labels made once: from float32, from float16 and from steps of 1/255. Counted is the share of points of the grid whose label is another than from
 float32, over all target images, and among them those whose class wins by less than a hundredth.
 """
 
@@ -24,6 +24,7 @@ from models.networks.deeplab import upsample
 from models.networks.proda import Proda
 from models.prototypes import class_distances, prototype_weights, rectify
 from models.uncertainty import quantise
+from pipelines.label_rules import PrototypeRule
 from pipelines.options import read_config
 from pipelines.setup import resolve
 from pipelines.weights import load_initial
@@ -41,19 +42,21 @@ PRECISIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 def measure(run: str) -> dict[str, object]:
     """Shares of changed labels by precision, and bytes of a soft label."""
     setup = resolve(read_config(run), to_train=False)
-    network = Build(setup.preset.network)()
-    assert isinstance(network, Proda)
-    weights = kept_stages(setup.plan.folder)[1][1]  # after denoising: it has prototypes
-    load_initial(str(weights), network)
-    network.eval()
+    first, second = (Build(setup.preset.network)() for _ in range(2))
+    assert isinstance(second, Proda)
+    for (_, path), network in zip(kept_stages(setup.plan.folder), (first, second), strict=False):
+        load_initial(str(path), network)
+        network.eval()
+    rule = setup.labels[1].rule
+    assert isinstance(rule, PrototypeRule)
     schedule, reader = setup.preset.stages[1], setup.target_reader
     size = (schedule.target_size[1], schedule.target_size[0])
     changed, close, points, cells = dict.fromkeys(PRECISIONS, 0), dict.fromkeys(PRECISIONS, 0), 0, 0
     for index in range(len(reader)):
         image = torch.from_numpy(np.array(reader.read(index, schedule.target_size)))[None]
-        found = network(setup.prepare(image))
-        soft, cells = found.main.softmax(1), found.main[0].numel()
-        near = prototype_weights(class_distances(upsample(found.feature, size), network.prototypes))
+        soft, feature = first(setup.prepare(image)).main.softmax(1), second(setup.prepare(image)).feature
+        cells = soft[0].numel()
+        near = prototype_weights(class_distances(upsample(feature, size), second.prototypes), rule.temperature)
         product = upsample(soft, size) * near
         first, second = (product / product.sum(1, keepdim=True)).topk(2, dim=1).values.unbind(1)
         exact, _ = rectify(upsample(soft, size), near)
@@ -63,7 +66,6 @@ def measure(run: str) -> dict[str, object]:
             changed[name] += int(other.sum())
             close[name] += int((other & (first - second < CLOSE)).sum())
     return {
-        "weights": weights.name,
         "images": len(reader),
         "points": points,
         "bytes": {"float32": 4 * cells, **{name: size * cells for name, (size, _) in PRECISIONS.items()}},

@@ -4,8 +4,8 @@
     python -m bench.proda arrangements --seeds 0 1 2         the denoising stage, from the warm-up of those runs
     python -m bench.proda page                               docs/proda.md from the results
 
-**arrangements** runs the same stage from the same weights twice: labels made once and denoised in the student's step, as
-published; and made again without end and denoised by the teacher. Every run has a process of its own for student and
+**arrangements** runs the same stage from the same weights twice: labels made once and denoised in the student's step,
+as published; and made again without end and denoised by the teacher. Every run has a process of its own for student and
 teacher, on two cores.
 """
 

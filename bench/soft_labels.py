@@ -2,9 +2,10 @@
 
     python -m bench.soft_labels --run RUN        a finished run of recipe proda
 
-Soft labels of the warm-up's weights, denoised with features and prototypes of those after denoising, as at the end of that
-stage with labels made once: from float32, from float16 and from steps of 1/255. Counted is the share of points of the grid whose label is another than from
-float32, over all target images, and among them those whose class wins by less than a hundredth.
+Soft labels of the warm-up's weights, denoised with features and prototypes of those after denoising, as at the end of
+that stage with labels made once: from float32, from float16 and from steps of 1/255. Counted is the share of points of
+the grid whose label is another than from float32, over all target images, and among them those whose class wins by less
+than a hundredth.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ def measure(run: str) -> dict[str, object]:
         cells = soft[0].numel()
         near = prototype_weights(class_distances(upsample(feature, size), second.prototypes), rule.temperature)
         product = upsample(soft, size) * near
-        first, second = (product / product.sum(1, keepdim=True)).topk(2, dim=1).values.unbind(1)
+        best, following = (product / product.sum(1, keepdim=True)).topk(2, dim=1).values.unbind(1)
         exact, _ = rectify(upsample(soft, size), near)
         points += exact.numel()
         for name, (_, rounded) in PRECISIONS.items():
             other = rectify(upsample(rounded(soft), size), near)[0] != exact
             changed[name] += int(other.sum())
-            close[name] += int((other & (first - second < CLOSE)).sum())
+            close[name] += int((other & (best - following < CLOSE)).sum())
     return {
         "images": len(reader),
         "points": points,

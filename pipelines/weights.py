@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from models.networks.deeplab import DeepLabConfig, Segmenter
-from models.networks.layouts import backbone_part, fitting, is_whole_network, load
+from models.networks.layouts import backbone_part, described, fitting, is_whole_network, load
 from models.networks.proda import PROTOTYPES
 
 Weights = Literal["last", "recommended"]
@@ -111,7 +111,10 @@ def check_initial(path: str, network: nn.Module) -> bool:
     try:
         fitting(network, state)
     except ValueError as error:
-        raise RunError(f"{path}: {error}") from error
+        hint = ""
+        if isinstance(network, Segmenter) and described(state, network.config).extra_norm > network.config.extra_norm:
+            hint = ". It has a norm between backbone and head: add --proda.extra-norm on"
+        raise RunError(f"{path}: {error}{hint}") from error
     whole = is_whole_network(state)
     if whole and isinstance(network, Segmenter):
         _check_options(Path(path), network.config)

@@ -206,3 +206,13 @@ def test_a_simclr_file_of_something_else_is_refused_by_name(tmp_path, state, sai
     with pytest.raises(RunError, match=rf"x\.pth.*{said}"):
         load_pretrained_backbone(saved(tmp_path, state), ours)
     assert same(ours, proda(2))
+
+
+def test_weights_with_an_extra_norm_say_which_option_takes_them(tmp_path):
+    config = DeepLabConfig(
+        3, (1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=8, groups=4, heads="proda", extra_norm=True
+    )
+    torch.save({"ResNet101": {"model_state": Build(config)().state_dict()}}, tmp_path / "stage2.pkl")
+    check_initial(str(tmp_path / "stage2.pkl"), Build(config)())
+    with pytest.raises(RunError, match=r"unexpected \(bn_pretrain.*add --proda\.extra-norm on"):
+        check_initial(str(tmp_path / "stage2.pkl"), Build(replace(config, extra_norm=False))())

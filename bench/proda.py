@@ -90,8 +90,8 @@ def stage_table(results: dict[str, Any]) -> str:
     rows = [value for key, value in results.items() if key.startswith("stages, ")]
     names = [stage["name"] for stage in rows[0]["stages"]]
     lines = [
-        f"| miniature | seed | source-only | {' | '.join(names)} | oracle | gap closed | EPLC's gap closed |",
-        "|---|---|---|" + "---|" * (len(names) + 3),
+        f"| miniature | seed | source-only | AdaBN | {' | '.join(names)} | oracle | gap closed | EPLC's gap closed |",
+        "|---|---|---|---|" + "---|" * (len(names) + 3),
     ]
     for row in sorted(rows, key=lambda row: (row["benchmark"] != "synthia2city", row["seed"])):
         scores = row["scores"]
@@ -99,8 +99,8 @@ def stage_table(results: dict[str, Any]) -> str:
         path = RESULTS.parent / EPLC.format(benchmark=row["benchmark"], seed=row["seed"])
         eplc = json.loads(path.read_text())["gap_closed"] if path.is_file() else None
         lines.append(
-            f"| `{row['benchmark']}` | {row['seed']} | {scores['source_only']:.1f} | {after} | {scores['oracle']:.1f} "
-            f"| {row['gap_closed']:.2f} | {'' if eplc is None else f'{eplc:.2f}'} |"
+            f"| `{row['benchmark']}` | {row['seed']} | {scores['source_only']:.1f} | {scores['adabn']:.1f} | {after} "
+            f"| {scores['oracle']:.1f} | {row['gap_closed']:.2f} | {'' if eplc is None else f'{eplc:.2f}'} |"
         )
     return "\n".join(lines)
 

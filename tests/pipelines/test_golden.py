@@ -13,6 +13,7 @@ import torch
 from bench.alone import run_alone
 from pipelines.options import AdaptOptions
 from pipelines.recipes.eplc import EplcOptions
+from pipelines.recipes.proda import ProdaOptions
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.setup import resolve
 
@@ -23,6 +24,8 @@ RUNS = {
     "rectified": {"recipe": "rectified"},
     "plain, published": {"recipe": "rectified", "faithful": True, "rectified": RectifiedOptions(loss="plain")},
     "eplc": {"recipe": "eplc"},
+    "proda": {"recipe": "proda", "proda": ProdaOptions(denoise="student")},
+    "proda, published": {"recipe": "proda", "faithful": True},
     "eplc, published, min": {"recipe": "eplc", "faithful": True, "eplc": EplcOptions(selection="min")},
 }
 

@@ -392,9 +392,9 @@ class DenoisingObjective:
             return given, self.views.of_whole(batch.records[ASSIGNMENTS].float() / 255, positions)
         assert batch.whole is not None
         with torch.no_grad(), norm_statistics(self.average, update=False):
-            self.average.train(self.options.average_mode == "train")
+            self.average_forward.train(self.options.average_mode == "train")
             found: ProdaOutputs = self.average_forward(network_input(batch.whole, self.network.config.pixels))
-            self.average.eval()
+            self.average_forward.eval()
             self._vectors = self._class_means(found)
             soft = self.views.of_whole(batch.records[SOFT].float() / 255, positions)
             distances = class_distances(self.views.of_whole(found.feature, positions), self.network.prototypes)

@@ -16,13 +16,12 @@ from pipelines.benchmarks import benchmark
 from pipelines.label_rules import ASSIGNMENTS, MEANS, SOFT, PrototypeRule
 from pipelines.recipes import recipe
 from pipelines.recipes.few_labels import with_few_labels
-from pipelines.recipes.proda import (
+from pipelines.recipes.proda import ProdaOptions, decide
+from pipelines.recipes.proda_objectives import (
     DenoisingObjective,
     DistillationObjective,
-    ProdaOptions,
     TargetViews,
     WarmUpObjective,
-    decide,
     given_prototypes,
     initial_prototypes,
 )

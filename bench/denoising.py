@@ -17,7 +17,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ def denoising_stage(size: Preset, who: str) -> StagePlan:
         return None  # type: ignore[return-value]
 
     pair = benchmark("gta2city")
-    given = Ingredients(size, CLASSES, 0, pair.bonnet, pair.sure, False, "once", nothing, nothing, None)
+    refresh: Literal["once", "continuous"] = "once" if who == "student" else "continuous"
+    given = Ingredients(size, CLASSES, 0, pair.bonnet, pair.sure, False, refresh, nothing, nothing, None)
     given = replace(given, reader=NoImages(), published_term=recipe("proda").published_term)
     options = ProdaOptions(denoise=who)  # type: ignore[arg-type]
     return recipe("proda").stages(given, options)[1]

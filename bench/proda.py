@@ -47,6 +47,8 @@ def run(name: str, runs: Path, arguments: list[str]) -> Path:
 def keep(key: str, folder: Path, arguments: list[str]) -> None:
     """Add what a run came to, under a key."""
     found = json.loads((folder / "results.json").read_text())
+    if found["run"]["init"] is not None:
+        found["run"]["init"] = Path(found["run"]["init"]).name  # of no use on another machine
     known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     known[key] = {
         "command": " ".join(["python run.py --recipe proda", *arguments]),

@@ -125,6 +125,8 @@ class StageState:
     teaching: TeachingNetwork
     before: nn.Module | None = None
     """The published network of the stage before, where the plan keeps it."""
+    before_saved: dict[str, Any] = field(default_factory=dict)
+    """Its weights on the host, for checkpoints: they do not change."""
     view: LabelView | None = None
     streams: dict[str, Iterator[RawBatch]] = field(default_factory=dict)
 
@@ -409,6 +411,8 @@ class Student:
             teaching.load_state_dict(state["teaching"])
         network = self._parallel(plan)
         stage = StageState(plan, index, first_step, network, optimiser, objective, teaching, before, streams=streams)
+        if before is not None and self.lead:
+            stage.before_saved = snapshot(before.state_dict())
         if state is None and self.step > 0:
             self._checkpoint(stage, now=True)
         else:
@@ -515,7 +519,7 @@ class Student:
                 "bank": self._bank_index(stage),
             }
             if stage.before is not None:
-                state["before"] = snapshot(stage.before.state_dict())
+                state["before"] = stage.before_saved
             self.store.save_later(self.step, state, lambda sentence: self.link.say(sentence, self.step))
             if now:
                 self.store.wait()

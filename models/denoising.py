@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.losses import IGNORE, segmentation_loss
+from models.losses import IGNORE, check_same_pixels, segmentation_loss
 
 Regulariser = Literal["mrkld", "mrent"]
 REGULARISERS: tuple[Regulariser, ...] = get_args(Regulariser)
@@ -37,11 +37,7 @@ def reverse_cross_entropy(logits: Tensor, labels: Tensor, pixel_weights: Tensor 
     Raises:
         ValueError: if logits and labels have different grids.
     """
-    if logits.shape[0] != labels.shape[0] or logits.shape[2:] != labels.shape[1:]:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not cover the same pixels; "
-            "upsample the logits to the label size first"
-        )
+    check_same_pixels(logits, labels)
     valid = labels != IGNORE
     p = logits.softmax(dim=1).clamp(P_FLOOR, 1.0)
     # log 1 = 0 at the label's class, log 1e-4 at every other: what counts is the probability put elsewhere.

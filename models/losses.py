@@ -88,6 +88,26 @@ def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     return table.scatter_add_(0, flat, torch.ones_like(flat))[:num_classes]
 
 
+def check_same_pixels(logits: Tensor, labels: Tensor) -> None:
+    """Refuse logits (N, C, H, W) and labels (N, H, W) of different grids.
+
+    Raises:
+        ValueError: says both shapes.
+    """
+    if logits.shape[0] != labels.shape[0] or logits.shape[2:] != labels.shape[1:]:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not cover the same pixels; "
+            "upsample the logits to the label size first"
+        )
+
+
+def mean_weight(class_weights: Tensor, labels: Tensor) -> Tensor:
+    """Mean class weight over the labelled pixels of int64 (N, H, W) labels, a 0-d tensor; 1 where there is none."""
+    valid = labels != IGNORE
+    total = (class_weights[labels.clamp(max=len(class_weights) - 1)] * valid).sum()
+    return torch.where(valid.any(), total / valid.sum().clamp(min=1), torch.ones_like(total))
+
+
 def pixel_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """l_i = w_{y_i} * CE(z_i, y_i), zero on ignored pixels (methods 3.1, step 2).
 
@@ -102,11 +122,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor | 
     Raises:
         ValueError: if logits and labels have different grids.
     """
-    if logits.shape[0] != labels.shape[0] or logits.shape[2:] != labels.shape[1:]:
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not cover the same pixels; "
-            "upsample the logits to the label size first"
-        )
+    check_same_pixels(logits, labels)
     return F.cross_entropy(logits, labels.long(), weight=class_weights, ignore_index=IGNORE, reduction="none")
 
 

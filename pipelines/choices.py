@@ -11,8 +11,11 @@ from actors.errors import RunError
 class Open(Protocol):
     """A dataclass some of whose fields a user may leave open: None or ``auto``."""
 
-    OPEN: ClassVar[dict[str, tuple[Any, Any]]]
-    """What each of them stands for: in our default, and in the published system."""
+    @property
+    def OPEN(self) -> dict[str, tuple[Any, Any]]:  # noqa: N802
+        """What each of them stands for: in our default, and in the published system."""
+        ...
+
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
 

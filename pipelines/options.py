@@ -7,16 +7,16 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tomli_w
 
 from actors.errors import RunError
 from pipelines.choices import check_choices
+from pipelines.recipes import recipe
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
 from pipelines.recipes.proda import ProdaOptions
-from pipelines.recipes.recipe import PUBLISHED_TERM
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.recipes.self_training import SelfTrainingOptions
 from pipelines.recipes.supervised import SegmentationTerm
@@ -91,13 +91,6 @@ class DataOptions:
 @dataclass(frozen=True)
 class AdaptOptions(DataOptions):
     """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
-
-    OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {
-        "hard_pixels": (SegmentationTerm.hard_percentile, PUBLISHED_TERM[0]),
-        "rare_weight": (SegmentationTerm.max_value, PUBLISHED_TERM[1]),
-        "norm_affine": ("train", "freeze"),
-    }
-    """What an option that is left open stands for: in our default, and in the published systems."""
 
     recipe: str = "eplc"
     """Which system adapts: eplc, rectified, mrnet or proda."""
@@ -215,6 +208,16 @@ class AdaptOptions(DataOptions):
             chosen.check_refresh(self.resolved_refresh)
         if self.seed < 0:
             raise RunError(f"--seed is {self.seed}; give a number that is not negative")
+
+    @property
+    def OPEN(self) -> dict[str, tuple[Any, Any]]:  # noqa: N802
+        """What an option that is left open stands for: in our default, and in the published system of the recipe."""
+        hard, rare = recipe(self.recipe).published_term
+        return {
+            "hard_pixels": (SegmentationTerm.hard_percentile, hard),
+            "rare_weight": (SegmentationTerm.max_value, rare),
+            "norm_affine": ("train", "freeze"),
+        }
 
     @property
     def resolved_refresh(self) -> Literal["continuous", "once"]:

@@ -177,31 +177,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         pseudo_labels=_absolute(options.pseudo_labels),
     )
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
-    ingredients = Ingredients(
-        preset=size,
-        num_classes=len(pair.classes.names),
-        seed=options.seed,
-        bonnet=pair.bonnet,
-        sure=pair.sure,
-        faithful=options.faithful,
-        refresh=options.resolved_refresh,
-        hard_pixels=options.hard_pixels,
-        rare_weight=options.rare_weight,
-        norm_affine=options.norm_affine,
-        norm_images=options.norm_images,
-        alignment=options.mrnet,
-        published_term=chosen.published_term,
-        reader=SplitReader(domains.target, cache),
-        from_stage=options.from_stage,
-        to_train=to_train,
-        regular=pair.regular,
-        source=_opener(domains.source, options.seed, "source", cache),
-        target=_opener(domains.target, options.seed, "target", cache),
-        target_labelled=None
-        if domains.target_labelled is None
-        else _opener(domains.target_labelled, options.seed, "target", cache),
-        few=None if domains.few is None else _opener(domains.few, options.seed, "few", cache),
-    )
+    ingredients = _ingredients(options, chosen, pair, size, domains, cache, to_train)
     stages = chosen.stages(ingredients, getattr(options, options.recipe))
     for name in ("from_stage", "to_stage"):
         number = getattr(options, name)
@@ -242,6 +218,43 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         name: recipe(name).decide(getattr(options, name), ingredients) for name in (chosen.name, *chosen.begins_with)
     }
     return Setup(named, pair, domains, size, plan, references, cache, makes, decided)
+
+
+def _ingredients(
+    options: AdaptOptions,
+    chosen: Recipe,
+    pair: Benchmark,
+    size: Preset,
+    domains: Domains,
+    cache: DecodeCache,
+    to_train: bool,
+) -> Ingredients:
+    """What a recipe builds its stages from."""
+    return Ingredients(
+        preset=size,
+        num_classes=len(pair.classes.names),
+        seed=options.seed,
+        bonnet=pair.bonnet,
+        sure=pair.sure,
+        faithful=options.faithful,
+        refresh=options.resolved_refresh,
+        hard_pixels=options.hard_pixels,
+        rare_weight=options.rare_weight,
+        norm_affine=options.norm_affine,
+        norm_images=options.norm_images,
+        alignment=options.mrnet,
+        published_term=chosen.published_term,
+        reader=SplitReader(domains.target, cache),
+        from_stage=options.from_stage,
+        to_train=to_train,
+        regular=pair.regular,
+        source=_opener(domains.source, options.seed, "source", cache),
+        target=_opener(domains.target, options.seed, "target", cache),
+        target_labelled=None
+        if domains.target_labelled is None
+        else _opener(domains.target_labelled, options.seed, "target", cache),
+        few=None if domains.few is None else _opener(domains.few, options.seed, "few", cache),
+    )
 
 
 def choose_pair(options: DataOptions) -> tuple[Benchmark, Callable[[], Domains]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actors.errors import RunError, UnreadableImage
 from actors.protocols import Batch, ImageReader, ObjectiveContext, StepInfo
 from models.denoising import assignment_loss, distillation_loss, regulariser, symmetric_cross_entropy
-from models.losses import IGNORE, ClassBalance, segmentation_loss
+from models.losses import IGNORE, ClassBalance, mean_weight, segmentation_loss
 from models.networks.deeplab import norm_statistics, upsample
 from models.networks.discriminators import PatchDiscriminator
 from models.networks.proda import Proda, ProdaOutputs
@@ -91,10 +91,8 @@ class TargetViews:
 def balanced(balance: ClassBalance, labels: Tensor) -> Tensor:
     """Weight of every pixel of int64 N×h×w labels: more in a class with few, 1 on average and without a label."""
     weights = balance(labels)
-    valid = labels != IGNORE
-    picked = torch.where(valid, weights[labels.clamp(max=len(weights) - 1)], torch.zeros_like(weights[:1]))
-    mean = picked.sum() / valid.sum().clamp(min=1)
-    return torch.where(valid, picked / torch.where(mean > 0, mean, torch.ones_like(mean)), torch.ones_like(mean))
+    weights = weights / mean_weight(weights, labels)
+    return torch.where(labels != IGNORE, weights[labels.clamp(max=len(weights) - 1)], torch.ones_like(weights[:1]))
 
 
 class WarmUpObjective:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from actors.errors import RunError
 from actors.protocols import Batch, LabelPlan, ObjectiveContext, Selection, StagePlan, StepInfo
 from actors.staleness import StalenessPolicy
-from models.losses import IGNORE, Divergence, memory_regularisation, negative_terms, rectified_terms
+from models.losses import IGNORE, Divergence, mean_weight, memory_regularisation, negative_terms, rectified_terms
 from models.networks.deeplab import AUX_WEIGHT, Logits, upsample_logits
 from pipelines.choices import check_choices, decided
 from pipelines.label_rules import NEGATIVE, MonteCarloRule
@@ -188,7 +188,7 @@ class SelfTrainingObjective:
         logits = upsample_logits(logits, (labels.shape[-2], labels.shape[-1]))
         class_weights = self.target_balance(labels)
         if self.options.class_weights == "normalised":
-            class_weights = class_weights / _mean_weight(class_weights, labels)
+            class_weights = class_weights / mean_weight(class_weights, labels)
         found = rectified_terms(
             logits, labels, class_weights, divergence=self.options.divergence, pixel_weights=weights
         )
@@ -222,13 +222,6 @@ def _halves(logits: Logits) -> tuple[Logits, Logits]:
     """The first and the second half of a batch."""
     (aux_one, aux_two), (main_one, main_two) = logits.aux.chunk(2), logits.main.chunk(2)
     return Logits(aux_one, main_one), Logits(aux_two, main_two)
-
-
-def _mean_weight(class_weights: Tensor, labels: Tensor) -> Tensor:
-    """Mean class weight over the labelled pixels of int64 N×H×W labels; 1 where nothing is labelled."""
-    valid = labels != IGNORE
-    total = (class_weights[labels.clamp(max=len(class_weights) - 1)] * valid).sum()
-    return torch.where(valid.any(), total / valid.sum().clamp(min=1), torch.ones_like(total))
 
 
 def self_training_stages(

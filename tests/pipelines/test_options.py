@@ -10,6 +10,7 @@ import tomli_w
 import tyro
 
 from actors.errors import RunError
+from pipelines.choices import decided
 from pipelines.options import AdaptOptions, command_line, read_config, write_config
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
@@ -182,3 +183,10 @@ def test_the_command_line_of_a_run_parses_to_its_options(options):
     words = shlex.split(command_line(replace(options, name="run", runs="elsewhere")))
     assert words[:2] == ["python", "run.py"]
     assert tyro.cli(AdaptOptions, args=words[2:]) == options
+
+
+@pytest.mark.parametrize(("name", "published"), [("eplc", (80.0, 7.0)), ("proda", (0.0, 1.0))])
+def test_what_is_left_open_stands_for_the_published_system_of_the_recipe(name, published):
+    ours, theirs = (decided(AdaptOptions(recipe=name), faithful) for faithful in (False, True))
+    assert (theirs.hard_pixels, theirs.rare_weight) == published
+    assert (ours.hard_pixels, ours.rare_weight) == (0.0, 2.5)

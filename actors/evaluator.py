@@ -17,7 +17,8 @@ from actors.errors import UnreadableImage
 from actors.labeller import Networks, helper_device
 from actors.showcase import Showcase, Shown
 from actors.watcher import Watcher
-from models.networks.deeplab import Segmenter, adapt_batch_norm
+from models.networks.segmenter import Segmenter
+from models.networks.statistics import adapt_batch_norm
 from models.scores import ConfusionMatrix, protocol_means
 from models.uncertainty import mean_probabilities, trunk_views
 
@@ -44,7 +45,7 @@ class Scorer:
     Args:
         network: builds the network; several builders where stages have networks of their own.
         reader: labelled images.
-        prepare: uint8 N×H×W×3 RGB → network input.
+        prepare: uint8 N×H×W×3 RGB and a network → what it reads.
         views: image sizes (width, height) whose probabilities are averaged.
         mirrored: whether every view is also seen mirrored.
         num_classes: C.
@@ -56,7 +57,7 @@ class Scorer:
         self,
         network: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         reader: LabelledReader,
-        prepare: Callable[[Tensor], Tensor],
+        prepare: Callable[[Tensor, nn.Module], Tensor],
         views: Sequence[Size],
         mirrored: bool,
         num_classes: int,
@@ -104,10 +105,7 @@ class Scorer:
 
     def predict(self, index: int, size: tuple[int, int]) -> Tensor:
         """Classes of one image at a label's (height, width), int64 on the CPU."""
-        inputs = [
-            self.prepare(torch.from_numpy(np.array(self.reader.read(index, view)))[None].to(self.device))
-            for view in self.views
-        ]
+        inputs = [self._seen(self.reader.read(index, view)[None]) for view in self.views]
         assert isinstance(self.network, Segmenter)
         views = trunk_views(self.network, inputs, mirror=self.mirrored)
         return mean_probabilities(self.network, views, None, size)[0].argmax(0).cpu()
@@ -136,7 +134,11 @@ class Scorer:
                 except UnreadableImage:
                     continue
             if images:
-                yield self.prepare(torch.from_numpy(np.stack(images)).to(self.device))
+                yield self._seen(np.stack(images))
+
+    def _seen(self, images: np.ndarray) -> Tensor:
+        """uint8 N×H×W×3 RGB as the network of the hour reads it."""
+        return self.prepare(torch.from_numpy(np.array(images)).to(self.device), self.network)
 
 
 class Evaluator:

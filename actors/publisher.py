@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.protocols import View
-from models.networks.deeplab import adapt_batch_norm, ema_update
+from models.networks.statistics import adapt_batch_norm, ema_update
 
 STATISTICS_BATCHES = 4
 """Recent target batches from which batch-norm statistics are estimated."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from actors.errors import UnreadableImage
 from actors.labeller import Networks, label_seed
 from actors.protocols import LabelPlan
-from models.networks.deeplab import Segmenter
+from models.networks.segmenter import Segmenter
 from models.uncertainty import mean_probabilities, quantise, trunk_views
 
 Size = tuple[int, int]
@@ -45,7 +45,7 @@ class Showcase:
         network: builds the network; several builders where stages have networks of their own.
         reader: target images, with ``label`` where ``labelled``.
         labelled: whether the reader has labels.
-        prepare: uint8 N×H×W×3 RGB → network input.
+        prepare: uint8 N×H×W×3 RGB and a network → what it reads.
         views: image sizes (width, height) whose probabilities are averaged.
         mirrored: whether every view is also seen mirrored.
         plan: how pseudo labels are made, or None.
@@ -59,7 +59,7 @@ class Showcase:
         network: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         reader: Any,
         labelled: bool,
-        prepare: Callable[[Tensor], Tensor],
+        prepare: Callable[[Tensor, nn.Module], Tensor],
         views: Sequence[Size],
         mirrored: bool,
         plan: LabelPlan | None,
@@ -108,7 +108,7 @@ class Showcase:
             empty = np.zeros(image.shape[:2], np.uint8)
             shown[index] = Shown(self.reader.image_ids[index], image, truth, {}, empty, None)
         assert isinstance(self.network, Segmenter)
-        inputs = [self.prepare(self._read(index, view)) for view in self.views]
+        inputs = [self.prepare(self._read(index, view), self.network) for view in self.views]
         views = trunk_views(self.network, inputs, mirror=self.mirrored)
         sure, classes = mean_probabilities(self.network, views, None, self.size[::-1])[0].max(0)
         shown[index].predictions[name] = classes.to(torch.uint8).cpu().numpy()

@@ -33,7 +33,7 @@ from actors.protocols import (
     StepInfo,
 )
 from actors.publisher import Publisher, TeachingNetwork
-from models.networks.deeplab import norm_statistics
+from models.networks.statistics import norm_statistics
 from models.schedule import set_rate
 
 LOOK_AHEAD_BATCHES = 8

@@ -23,7 +23,7 @@ class Watcher:
     Args:
         network: builds the network; several builders where stages have networks of their own.
         reader: target images without labels.
-        prepare: uint8 N×H×W×3 RGB → network input.
+        prepare: uint8 N×H×W×3 RGB and a network → what it reads.
         view: size (width, height) at which images are seen.
         images: how many, spread evenly.
         num_classes: C.
@@ -35,7 +35,7 @@ class Watcher:
         self,
         network: Callable[[], nn.Module] | Sequence[Callable[[], nn.Module]],
         reader: ImageReader,
-        prepare: Callable[[Tensor], Tensor],
+        prepare: Callable[[Tensor, nn.Module], Tensor],
         view: Size,
         images: int,
         num_classes: int,
@@ -67,13 +67,16 @@ class Watcher:
         average = self.teaching.load(teaching)
         other = None if student is None else self.student.load(student)
         signals, seen = TargetSignals(self.num_classes), []
-        for number, inputs in enumerate(self._inputs()):
+        for number, inputs in enumerate(self._inputs(average)):
             others = {"consistency": self._classes(average, inputs.flip(-1)).flip(-1)}
             if other is not None:
                 others["agreement"] = self._classes(other, inputs)
-            if self._before is not None and number < len(self._before):
-                others["stability"] = self._before[number]
-            seen.append(signals.update(average(inputs), others))
+            found = average(inputs)
+            before = None if self._before is None or number >= len(self._before) else self._before[number]
+            # Another stage's network may answer on another grid.
+            if before is not None and before.shape[1:] == found.fused().shape[2:]:
+                others["stability"] = before
+            seen.append(signals.update(found, others))
         self._before = seen
         return {**signals.values(), "class_shares": signals.class_shares()} if seen else {}
 
@@ -82,8 +85,8 @@ class Watcher:
         classes: Tensor = network(inputs).fused().argmax(1)
         return classes
 
-    def _inputs(self) -> list[Tensor]:
-        """Network inputs in batches; an image that cannot be read is left out."""
+    def _inputs(self, network: nn.Module) -> list[Tensor]:
+        """What a network reads, in batches; an image that cannot be read is left out."""
         images = []
         for index in self.indices:
             try:
@@ -93,4 +96,4 @@ class Watcher:
         stacked: Sequence[np.ndarray] = [
             np.stack(images[start : start + self.batch]) for start in range(0, len(images), self.batch)
         ]
-        return [self.prepare(torch.from_numpy(part).to(self.device)) for part in stacked]
+        return [self.prepare(torch.from_numpy(part).to(self.device), network) for part in stacked]

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from actors.protocols import Batch, Objective, ObjectiveContext, StagePlan, StepInfo, Stream, View
 from models.networks.build import Build
-from models.networks.deeplab import ema_update
 from models.networks.proda import Proda
+from models.networks.statistics import ema_update
 from models.schedule import set_rate
 from pipelines.benchmarks import benchmark
 from pipelines.recipes import recipe

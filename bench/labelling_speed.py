@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures, upsample
+from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures
+from models.networks.segmenter import upsample
 from models.uncertainty import HeadMasks, UncertaintyRule, draw_masks, monte_carlo_labels, trunk_views
 
 RULE = UncertaintyRule("min", min_confidence=0.5)

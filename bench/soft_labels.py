@@ -21,8 +21,8 @@ from torch import Tensor
 
 from actors.checkpoints import kept_stages
 from models.networks.build import Build
-from models.networks.deeplab import upsample
 from models.networks.proda import Proda
+from models.networks.segmenter import upsample
 from models.prototypes import class_distances, prototype_weights, rectify
 from models.uncertainty import quantise
 from pipelines.label_rules import PrototypeRule
@@ -55,7 +55,7 @@ def measure(run: str) -> dict[str, object]:
     changed, close, points, cells = dict.fromkeys(PRECISIONS, 0), dict.fromkeys(PRECISIONS, 0), 0, 0
     for index in range(len(reader)):
         image = torch.from_numpy(np.array(reader.read(index, schedule.target_size)))[None]
-        soft, feature = first(setup.prepare(image)).main.softmax(1), second(setup.prepare(image)).feature
+        soft, feature = first(setup.prepare(image, first)).main.softmax(1), second(setup.prepare(image, second)).feature
         cells = soft[0].numel()
         near = prototype_weights(class_distances(upsample(feature, size), second.prototypes), rule.temperature)
         product = upsample(soft, size) * near

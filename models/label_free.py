@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from models.networks.deeplab import Outputs
+from models.networks.segmenter import Outputs
 
 
 class TargetSignals:

@@ -9,15 +9,15 @@ class's T values at its four grid neighbours. Probabilities are divided by the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.networks.deeplab import Segmenter, upsample
+from models.networks.segmenter import Segmenter, upsample
 
 IGNORE = 255
 Strategy = Literal["mean", "min", "std"]
@@ -58,9 +58,10 @@ class UncertaintyRule:
 
 @dataclass(frozen=True)
 class View:
-    """What the trunk made of one view of the images: (N, K, h, w) per head, perhaps of mirrored images."""
+    """What the trunk made of one view of the images, (N, K, h, w) per head, perhaps of mirrored images."""
 
-    features: tuple[Tensor, ...]
+    features: Any
+    """Of a network with heads behind a dropout, a tuple with the maps that each of them reads."""
     mirrored: bool = False
 
 
@@ -143,7 +144,7 @@ def draw_masks(
 def monte_carlo_labels(
     network: Segmenter,
     views: Sequence[View],
-    masks: Sequence[HeadMasks],
+    masks: Sequence[HeadMasks] | None,
     size: tuple[int, int],
     rule: UncertaintyRule,
     *,
@@ -157,7 +158,7 @@ def monte_carlo_labels(
     Args:
         network: the network whose classifiers are used; its mode does not matter.
         views: trunk outputs of every view, same images in the same order.
-        masks: as many as views, see ``draw_masks``.
+        masks: as many as views, see ``draw_masks``; None for a single pass without dropout.
         size: label (height, width).
         rule: what to keep.
         statistics: also return what the published generator writes beside a label.
@@ -168,7 +169,6 @@ def monte_carlo_labels(
     Raises:
         ValueError: if views and masks do not belong together, or there is no view.
     """
-    _check(network, views, masks)
     grids = _pass_probabilities(network, views, masks)
     confidence, winner = _winners(grids, size)
     argmax = winner.to(torch.uint8)
@@ -208,9 +208,6 @@ def mean_probabilities(
     Raises:
         ValueError: if views and masks do not belong together, or there is no view.
     """
-    if masks is None:
-        masks = [_no_dropout(view) for view in views]
-    _check(network, views, masks)
     grids = _pass_probabilities(network, views, masks)
     return _total([upsample(grid.mean(dim=1), size) for grid in grids])
 
@@ -219,7 +216,7 @@ def mean_probabilities(
 def negative_labels(
     network: Segmenter,
     views: Sequence[View],
-    masks: Sequence[HeadMasks],
+    masks: Sequence[HeadMasks] | None,
     size: tuple[int, int],
     *,
     temperature: float = 2.0,
@@ -232,7 +229,7 @@ def negative_labels(
     over the passes is at most ``max_probability`` and its population standard deviation below ``max_std``.
 
     Args:
-        network, views, masks: as for :func:`mean_probabilities`; masks are needed.
+        network, views, masks: as for :func:`mean_probabilities`.
         size: output (height, width).
         temperature: softens the softmax, so that it does not call everything impossible.
         max_probability, max_std: on the 0..1 scale (published: 0.2 and 0.02 of 4 views).
@@ -243,7 +240,6 @@ def negative_labels(
     Raises:
         ValueError: if views and masks do not belong together, or there is no view.
     """
-    _check(network, views, masks)
     grids = _pass_probabilities(network, views, masks, temperature)
     found = []
     for image in range(grids[0].shape[0]):
@@ -287,13 +283,11 @@ def trunk_views(network: Segmenter, batches: Sequence[Tensor], *, mirror: bool =
     return views
 
 
-def _no_dropout(view: View) -> HeadMasks:
-    return tuple(torch.ones((1, *part.shape[:2]), dtype=part.dtype, device=part.device) for part in view.features)
-
-
 def _check(network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks]) -> None:
     if not views or len(views) != len(masks):
         raise ValueError(f"{len(views)} views and {len(masks)} masks were given; there must be one mask per view")
+    if not network.heads():
+        raise ValueError("this network has no dropout before its classifiers, so it has no masks; leave them None")
     images, channels = views[0].features[-1].shape[:2]
     passes, heads = masks[0][-1].shape[0], len(network.heads())
     for view, mask in zip(views, masks, strict=True):
@@ -313,7 +307,7 @@ def _check(network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks]
 
 
 def _pass_probabilities(
-    network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks], temperature: float = 1.0
+    network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks] | None, temperature: float = 1.0
 ) -> list[Tensor]:
     """Softmax of every pass at network resolution, views of one grid summed, divided by the view count.
 
@@ -324,12 +318,39 @@ def _pass_probabilities(
     Returns:
         One float (N, T, C, h, w) per distinct grid.
     """
+    if masks is None:
+        found = _plain_logits(network, views)
+    else:
+        _check(network, views, masks)
+        found = _masked_logits(network, views, masks)
+    sums: dict[tuple[int, int], Tensor] = {}
+    for view, logits in zip(views, found, strict=True):
+        probabilities = logits.div_(temperature).softmax(dim=2)
+        if view.mirrored:
+            probabilities = probabilities.flip(-1)
+        grid = probabilities.shape[-2], probabilities.shape[-1]
+        known = sums.get(grid)
+        sums[grid] = probabilities if known is None else known.add_(probabilities)
+    return [total.div_(len(views)) for total in sums.values()]
+
+
+def _plain_logits(network: Segmenter, views: Sequence[View]) -> Iterator[Tensor]:
+    """Fused logits (N, 1, C, h, w) of every view, of one pass without dropout."""
+    if not views:
+        raise ValueError("no views were given; there must be at least one")
+    if network.training:
+        raise ValueError("the network is in training mode; call eval() before labelling with it")
+    for view in views:
+        yield network.classify(view.features).fused()[:, None].clone()
+
+
+def _masked_logits(network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks]) -> Iterator[Tensor]:
+    """Fused logits (N, T, C, h, w) of every view."""
     weights = [
         share * head.classifier.weight[:, :, 0, 0]
         for share, head in zip(network.head_weights(), network.heads(), strict=True)
     ]
     classes = weights[0].shape[0]
-    sums: dict[tuple[int, int], Tensor] = {}
     for view, mask in zip(views, masks, strict=True):
         images, _, h, w = view.features[-1].shape
         logits: Tensor | None = None
@@ -339,12 +360,7 @@ def _pass_probabilities(
             cells = part.flatten(2).to(weight.dtype)
             logits = torch.bmm(passes, cells) if logits is None else torch.baddbmm(logits, passes, cells)
         assert logits is not None
-        probabilities = logits.view(images, -1, classes, h, w).div_(temperature).softmax(dim=2)
-        if view.mirrored:
-            probabilities = probabilities.flip(-1)
-        known = sums.get((h, w))
-        sums[h, w] = probabilities if known is None else known.add_(probabilities)
-    return [total.div_(len(views)) for total in sums.values()]
+        yield logits.view(images, -1, classes, h, w)
 
 
 def _total(volumes: list[Tensor]) -> Tensor:

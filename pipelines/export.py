@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from actors.errors import RunError
-from models.networks.deeplab import DeepLabConfig, Heads, Segmenter
+from models.networks.deeplab import DeepLabConfig
 from models.networks.proda import PROTOTYPES
+from models.networks.segmenter import Heads, Segmenter
 from pipelines.options import read_config
 from pipelines.trained import fitting_network, read_description
 from pipelines.weights import PRODA, PRODA_PROTOTYPES, PRODA_STATE, Weights, newest_state

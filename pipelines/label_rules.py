@@ -14,8 +14,8 @@ from actors.protocols import Labelled
 from actors.records import RecordLayout
 from models.losses import IGNORE
 from models.networks.backbone import grid_size
-from models.networks.deeplab import Segmenter, upsample
 from models.networks.proda import Proda
+from models.networks.segmenter import Segmenter, upsample
 from models.prototypes import class_distances, class_means, prototype_weights, rectify
 from models.selection import confidence_histogram
 from models.uncertainty import (
@@ -46,7 +46,8 @@ class MonteCarloRule:
         num_classes: C.
         sizes: image sizes (width, height); each is seen plain and mirrored.
         label_size: (width, height) of the label.
-        passes: dropout passes; the trunk runs once per view whatever their number.
+        passes: dropout passes; the trunk runs once per view whatever their number. All passes of a network without
+            dropout are alike, so it is asked for one.
         dropout: channel dropout rate of the passes.
         keep: ``mean``, ``min`` and ``std`` withhold pixels here, at the teacher. ``all`` keeps the winner everywhere
             and leaves the choice to a :class:`PercentileSelection` at reading.
@@ -91,15 +92,17 @@ class MonteCarloRule:
         """See :class:`actors.protocols.LabelRule`."""
         assert isinstance(network, Segmenter)
         features = trunk_views(network, [network_input(view, network.config.pixels) for view in views])
-        masks = draw_masks(
-            [torch.Generator().manual_seed(seed) for seed in seeds],
-            views=len(features),
-            passes=self.passes,
-            channels=network.config.bottleneck_channels,
-            rate=self.dropout,
-            heads=len(network.heads()),
-            device=views[0].device,
-        )
+        masks = None
+        if network.heads():
+            masks = draw_masks(
+                [torch.Generator().manual_seed(seed) for seed in seeds],
+                views=len(features),
+                passes=self.passes,
+                channels=network.config.bottleneck_channels,
+                rate=self.dropout,
+                heads=len(network.heads()),
+                device=views[0].device,
+            )
         if self.keep == "all":
             rule = UncertaintyRule("mean", min_confidence=0.0)
         else:

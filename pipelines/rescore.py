@@ -17,8 +17,7 @@ from torch import Tensor
 
 from actors.errors import RunError
 from actors.evaluator import Scorer
-from models.networks.build import Build
-from models.networks.deeplab import DeepLabConfig
+from models.networks.build import Build, Config
 from models.networks.layouts import described, is_whole_network
 from models.scores import ConfusionMatrix, mean_iou
 from pipelines import pictures
@@ -26,6 +25,7 @@ from pipelines.benchmarks import benchmark
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
+from pipelines.recipes import RECIPES
 from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
 from pipelines.setup import Setup, resolve
 from pipelines.trained import check_fits, check_same_classes
@@ -93,7 +93,7 @@ def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
             "system; give a whole network of MRNet, EPLC or ProDA"
         )
     options = AdaptOptions(**data, init=path, name="file", references="never")
-    setup = resolve(_scored_as(options, described(state, DeepLabConfig())), to_train=False)
+    setup = resolve(_scored_as(options, described(state)), to_train=False)
     network = Build(described(state, setup.preset.network))  # perhaps with a norm that the recipe's own has not
     setup = replace(setup, plan=replace(setup.plan, network=network))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +111,7 @@ def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
     }
 
 
-def _scored_as(options: AdaptOptions, found: DeepLabConfig) -> AdaptOptions:
+def _scored_as(options: AdaptOptions, found: Config) -> AdaptOptions:
     """The options of a run whose network a file's is: of the system that its heads are called after.
 
     Raises:
@@ -123,7 +123,8 @@ def _scored_as(options: AdaptOptions, found: DeepLabConfig) -> AdaptOptions:
             f"{options.init} has a classifier of {found.num_classes} outputs, and {options.benchmark} has "
             f"{' or '.join(map(str, known))} classes; give the --benchmark that it was trained for"
         )
-    return replace(options, recipe=found.heads, classes=found.num_classes)
+    system = next(recipe.name for recipe in RECIPES.values() if recipe.system == found.heads)
+    return replace(options, recipe=system, classes=found.num_classes)
 
 
 def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from pipelines.recipes.few_labels import with_few_labels
 from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, preset
 from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
-from pipelines.views import network_input
+from pipelines.views import input_of
 from pipelines.weights import check_initial, load_initial
 
 SMALLEST_CROP = 16
@@ -84,9 +84,9 @@ class Setup:
         return SplitReader(self.domains.target, self.cache)
 
     @property
-    def prepare(self) -> Callable[[Tensor], Tensor]:
-        """uint8 N×H×W×3 RGB → network input; picklable."""
-        return partial(network_input, pixels=self.preset.network.pixels)
+    def prepare(self) -> Callable[[Tensor, nn.Module], Tensor]:
+        """uint8 N×H×W×3 RGB and a network → what it reads; picklable."""
+        return input_of
 
     @property
     def data(self) -> str:
@@ -364,7 +364,7 @@ def _opener(split: Split, seed: int, name: str, cache: DecodeCache) -> Callable[
 def _scorer(
     networks: tuple[Callable[[], nn.Module], ...],
     reader: SplitReader,
-    prepare: Callable[[Tensor], Tensor],
+    prepare: Callable[[Tensor, nn.Module], Tensor],
     views: tuple[Size, ...],
     mirrored: bool,
     pair: Benchmark,
@@ -389,7 +389,7 @@ def _absolute(path: str | None) -> str | None:
 def _watcher(
     networks: tuple[Callable[[], nn.Module], ...],
     reader: SplitReader,
-    prepare: Callable[[Tensor], Tensor],
+    prepare: Callable[[Tensor, nn.Module], Tensor],
     view: Size,
     num_classes: int,
     device: torch.device,
@@ -400,7 +400,7 @@ def _watcher(
 def _showcase(
     networks: tuple[Callable[[], nn.Module], ...],
     reader: SplitReader,
-    prepare: Callable[[Tensor], Tensor],
+    prepare: Callable[[Tensor, nn.Module], Tensor],
     labelled: bool,
     size: Preset,
     plan: LabelPlan | None,

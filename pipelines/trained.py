@@ -14,8 +14,8 @@ import torch
 
 from actors.errors import RunError
 from actors.labeller import load_weights
-from models.networks.build import Build
-from models.networks.deeplab import DeepLabConfig, Segmenter
+from models.networks.build import Build, Config, config_of
+from models.networks.segmenter import Segmenter
 from pipelines.datasets.classes import ClassSet
 from pipelines.results import write_json
 from pipelines.setup import Setup
@@ -30,7 +30,7 @@ class Description:
     """What a network is and how it looks at images."""
 
     classes: ClassSet
-    configs: tuple[DeepLabConfig, ...]
+    configs: tuple[Config, ...]
     """Of the networks that stages of the run have; the saved weights are of one of them."""
     views: tuple[Size, ...]
     """Image sizes whose probabilities are averaged."""
@@ -97,7 +97,7 @@ def read_description(folder: Path) -> Description:
         palette = tuple((int(r), int(g), int(b)) for r, g, b in classes["palette"])
         return Description(
             ClassSet(classes["name"], tuple(classes["names"]), palette),
-            tuple(_config(config) for config in configs),
+            tuple(config_of(config) for config in configs),
             tuple((int(width), int(height)) for width, height in plain["views"]),
             bool(plain["mirrored"]),
         )
@@ -122,11 +122,6 @@ def load_trained(folder: str | Path, device: torch.device, weights: Weights = "l
     network = fitting_network(description, arrays, folder)
     load_weights(network, arrays)
     return Trained(folder, step, description, network.to(device).eval().requires_grad_(False))
-
-
-def _config(plain: dict[str, Any]) -> DeepLabConfig:
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
-    return DeepLabConfig(**fields)
 
 
 def fitting_network(

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.networks.deeplab import Pixels
+from models.networks.segmenter import Pixels, Segmenter
 from pipelines.autoaugment import autoaugment
 
 MEAN_BGR = (104.00698793, 116.66876762, 122.67891434)
@@ -29,18 +29,51 @@ def network_input(images: Tensor, pixels: Pixels = "bgr_mean") -> Tensor:
     return normalised(images.permute(0, 3, 1, 2).float().contiguous(), pixels)
 
 
+def input_of(images: Tensor, network: nn.Module) -> Tensor:
+    """uint8 or float N×H×W×3 RGB, 0–255 → what one of our networks reads, float32 N×3×H×W."""
+    assert isinstance(network, Segmenter)
+    return network_input(images, network.config.pixels)
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """(v - mean) / scale of values v in 0–255, in either order of the colours (methods §2.4)."""
+
+    mean: tuple[float, float, float]
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    bgr: bool = True
+
+
+PIXELS: dict[Pixels, PixelFormat] = {
+    "bgr_mean": PixelFormat(MEAN_BGR),
+    "rgb_unit": PixelFormat((0.0, 0.0, 0.0), (255.0, 255.0, 255.0), bgr=False),
+    "rgb_imagenet": PixelFormat((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), bgr=False),
+    # The published BiSeNet runs: Cityscapes, whose mean is one of RGB values, and GTA5 (Q-BI-4).
+    "bgr_city": PixelFormat((73.158359210711552, 82.908917542625858, 72.392398761941593)),
+    "bgr_gray": PixelFormat((128.0, 128.0, 128.0)),
+}
+
+
 def normalised(images: Tensor, pixels: Pixels) -> Tensor:
-    """Float N×3×H×W RGB, 0–255 → what a network reads: BGR minus :data:`MEAN_BGR`, or RGB 0–1."""
-    if pixels == "rgb_unit":
-        return images / 255
-    return images.flip(1) - torch.tensor(MEAN_BGR, device=images.device).view(1, 3, 1, 1)
+    """Float N×3×H×W RGB, 0–255 → what a network reads."""
+    wanted = PIXELS[pixels]
+    ordered = images.flip(1) if wanted.bgr else images
+    if any(wanted.mean):
+        ordered = ordered - _of_colours(wanted.mean, images)
+    return ordered if wanted.bgr else ordered / _of_colours(wanted.scale, images)
 
 
 def rgb(inputs: Tensor, pixels: Pixels) -> Tensor:
     """The inverse of :func:`normalised`."""
-    if pixels == "rgb_unit":
-        return inputs * 255
-    return (inputs + torch.tensor(MEAN_BGR, device=inputs.device).view(1, 3, 1, 1)).flip(1)
+    given = PIXELS[pixels]
+    values = inputs if given.bgr else inputs * _of_colours(given.scale, inputs)
+    if any(given.mean):
+        values = values + _of_colours(given.mean, inputs)
+    return values.flip(1) if given.bgr else values
+
+
+def _of_colours(values: tuple[float, float, float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype).view(1, 3, 1, 1)
 
 
 @dataclass(frozen=True)

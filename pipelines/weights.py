@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
-from models.networks.deeplab import DeepLabConfig, Segmenter
+from models.networks.deeplab import DeepLabConfig, DilatedSegmenter
 from models.networks.layouts import backbone_part, described, fitting, is_whole_network, load
 from models.networks.proda import PROTOTYPES
 
 Weights = Literal["last", "recommended"]
 FOLDERS: dict[Weights, str] = {"last": "checkpoints", "recommended": "recommended"}
-WRAPPERS = ("state_dict",)
-"""Names under which a file may keep its state dict (SimCLR's does)."""
+WRAPPERS = ("state_dict", "model_state")
+"""Names under which a file may keep its state dict: SimCLR's does, and a BiSeNet's with its discriminator."""
 PRODA, PRODA_STATE, PRODA_PROTOTYPES = "ResNet101", "model_state", "objective_vectors"
 """Where ProDA's checkpoints keep the network and its prototypes."""
 
@@ -112,13 +112,18 @@ def check_initial(path: str, network: nn.Module) -> bool:
         fitting(network, state)
     except ValueError as error:
         hint = ""
-        if isinstance(network, Segmenter) and described(state, network.config).extra_norm > network.config.extra_norm:
+        if _has_extra_norm(state) and isinstance(network, DilatedSegmenter) and not network.config.extra_norm:
             hint = ". It has a norm between backbone and head: add --proda.extra-norm on"
         raise RunError(f"{path}: {error}{hint}") from error
     whole = is_whole_network(state)
-    if whole and isinstance(network, Segmenter):
+    if whole and isinstance(network, DilatedSegmenter):
         _check_options(Path(path), network.config)
     return whole
+
+
+def _has_extra_norm(state: Mapping[str, Tensor]) -> bool:
+    found = described(state) if is_whole_network(state) else None
+    return isinstance(found, DeepLabConfig) and found.extra_norm
 
 
 def _check_options(path: Path, config: DeepLabConfig) -> None:

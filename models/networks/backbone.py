@@ -1,6 +1,6 @@
-"""The residual backbone of the DeepLabV2 family, in its Caffe arrangement.
+"""Residual backbones: that of the DeepLabV2 family, in its Caffe arrangement, and the usual one.
 
-It differs from torchvision's ResNet in two places that decide whether published weights fit: a
+The first differs from torchvision's ResNet in two places that decide whether published weights fit: a
 bottleneck carries its stride on the *first 1x1* convolution, and the stem pools in *ceil mode*, so a
 side of n pixels becomes n / 8 + 1 cells. Stages three and four keep that grid and dilate by 2 and 4
 instead. Module names are those of the checkpoints.
@@ -8,7 +8,7 @@ instead. Module names are those of the checkpoints.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -141,3 +141,95 @@ def _stage(channels_in: int, channels: int, blocks: int, *, stride: int, dilatio
             )
         )
     return nn.Sequential(*stage)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (the first strided), each with batch norm, added to the shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = _shortcut(channels_in, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels_in, h, w) to (N, channels, ceil(h / stride), ceil(w / stride))."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+class StridedBottleneck(nn.Module):
+    """1x1, 3x3 (strided), 1x1, each with batch norm, added to the shortcut: torchvision's bottleneck."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        channels_out = channels * EXPANSION
+        self.conv1 = PointwiseConv2d(channels_in, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = PointwiseConv2d(channels, channels_out)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(channels_in, channels_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, channels_in, h, w) to (N, 4 * channels, ceil(h / stride), ceil(w / stride))."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + shortcut)
+
+
+class TorchvisionResNet(nn.Module):
+    """The usual ResNet without its classifier: names, shapes and outputs of torchvision's.
+
+    Args:
+        layers: blocks in each of the four stages.
+        width: channels of the stem.
+        block: ``basic`` or ``bottleneck``.
+
+    Attributes:
+        channels: of the outputs of the four stages.
+    """
+
+    def __init__(self, layers: tuple[int, int, int, int], width: int, block: Literal["basic", "bottleneck"]) -> None:
+        super().__init__()
+        kind, expansion = (BasicBlock, 1) if block == "basic" else (StridedBottleneck, EXPANSION)
+        self.channels = tuple(expansion * width << k for k in range(4))
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        stages: list[nn.Sequential] = []
+        before = width
+        for number, (blocks, channels) in enumerate(zip(layers, self.channels, strict=True), 1):
+            stage: list[nn.Module] = []
+            for index in range(blocks):
+                stride = 2 if index == 0 and number > 1 else 1
+                stage.append(kind(before if index == 0 else channels, channels // expansion, stride))
+            stages.append(nn.Sequential(*stage))
+            before = channels
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Maps images (N, 3, H, W) to the outputs of the four stages, at strides 4, 8, 16 and 32."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        one = self.layer1(x)
+        two = self.layer2(one)
+        three = self.layer3(two)
+        return one, two, three, self.layer4(three)
+
+
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential | None:
+    """A projection where shapes differ."""
+    if stride == 1 and channels_in == channels_out:
+        return None
+    return nn.Sequential(PointwiseConv2d(channels_in, channels_out, stride=stride), nn.BatchNorm2d(channels_out))

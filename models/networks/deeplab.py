@@ -1,4 +1,4 @@
-"""The DeepLabV2 family at any depth and width, its two-head member of MRNet, and what a trainer does to one.
+"""The DeepLabV2 family at any depth and width, its two-head member of MRNet, and the rates at which its parts learn.
 
 Heads read the backbone; MRNet's auxiliary one stage three, its primary one stages four and three
 together. Each ends in channel dropout and a 1x1 convolution without bias, and *everything stochastic is
@@ -8,38 +8,21 @@ wanted for a thousandth of the price. Logits stay at network resolution; ``upsam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.networks.backbone import BackboneMaps, Bottleneck, CaffeResNet, PointwiseConv2d
+from models.networks.segmenter import Duplicates, Heads, Pixels, Segmenter, as_batch, upsample
 
 Norm = Literal["gn", "bn", "instance", "layer"]
-Heads = Literal["mrnet", "proda"]
-Pixels = Literal["bgr_mean", "rgb_unit"]
-Duplicates = Literal["published", "once"]
-BufferRule = Literal["average", "copy"]
 NORMS: tuple[Norm, ...] = ("gn", "bn", "instance", "layer")
 AUX_WEIGHT = 0.5
 """Share of the auxiliary logits in the fused ones, z_F = z_A / 2 + z_P (methods 2.6)."""
 SE_REDUCTION = 16
-
-
-class Outputs(Protocol):
-    """What a network of the family answers, whatever its heads."""
-
-    def heads(self) -> tuple[tuple[float, Tensor], ...]:
-        """Class scores (N, C, h, w) of every head with its weight in the supervised loss, the primary one first."""
-        ...
-
-    def fused(self) -> Tensor:
-        """The class scores (N, C, h, w) that are scored and that label."""
-        ...
 
 
 class Logits(NamedTuple):
@@ -49,7 +32,7 @@ class Logits(NamedTuple):
     main: Tensor
 
     def heads(self) -> tuple[tuple[float, Tensor], ...]:
-        """See :class:`Outputs`: L = L_P + L_A / 2 (methods 3.1)."""
+        """See :class:`models.networks.segmenter.Outputs`: L = L_P + L_A / 2 (methods 3.1)."""
         return (1.0, self.main), (AUX_WEIGHT, self.aux)
 
     def fused(self) -> Tensor:
@@ -100,6 +83,11 @@ class DeepLabConfig:
     """Every convolution starts from N(0, conv_std^2); None leaves each its own rule."""
     pixels: Pixels = "bgr_mean"
     """What the network reads. bgr_mean: BGR 0-255 minus a mean. rgb_unit: RGB 0-1 (methods 2.4)."""
+
+    @property
+    def smallest_batch(self) -> int:
+        """One image: even its batch norms see a whole map."""
+        return 1
 
     def __post_init__(self) -> None:
         if self.num_classes < 2:
@@ -215,12 +203,14 @@ class Head(nn.Module):
         return self.head(self.features(x))
 
 
-class Segmenter(CaffeResNet):
+class DilatedSegmenter(Segmenter, CaffeResNet):
     """A backbone with heads that each end in channel dropout and a 1x1 convolution without bias.
 
     Args:
         config: of the network; a subclass adds the heads.
     """
+
+    config: DeepLabConfig
 
     def __init__(self, config: DeepLabConfig) -> None:
         super().__init__(config.layers, config.width)
@@ -230,20 +220,12 @@ class Segmenter(CaffeResNet):
         """The heads, in the order of what :meth:`trunk` returns."""
         raise NotImplementedError
 
-    def head_weights(self) -> tuple[float, ...]:
-        """Share of every head's logits in the fused ones, in the order of :meth:`heads`."""
-        raise NotImplementedError
-
     def norms(self) -> list[nn.Module]:
         """Further layers that learn at the heads' rate."""
         return []
 
     def head_features(self, maps: BackboneMaps) -> tuple[Tensor, ...]:
         """What enters the dropout of each head."""
-        raise NotImplementedError
-
-    def classify(self, features: Any) -> Any:
-        """Channel dropout (in training mode) and the classifiers: :class:`Outputs` at network resolution."""
         raise NotImplementedError
 
     def trunk(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -258,19 +240,22 @@ class Segmenter(CaffeResNet):
         Raises:
             ValueError: if the input is not a batch of three-channel images.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(images.shape)}; the network reads (N, 3, H, W)")
-        if images.device.type == "cpu":
-            # oneDNN trains a third faster in this layout, and it carries through the whole network.
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.head_features(self.features(images))
+        return self.head_features(self.features(as_batch(images)))
 
-    def forward(self, images: Tensor) -> Any:
-        """:class:`Outputs` at stride 8 for images (N, 3, H, W)."""
-        return self.classify(self.trunk(images))
+    def parameter_groups(
+        self, *, lr: float, head_multiplier: float, duplicates: Duplicates, train_norm_affine: bool
+    ) -> list[dict[str, Any]]:
+        """See :func:`parameter_groups`."""
+        return parameter_groups(
+            self,
+            lr=lr,
+            head_multiplier=head_multiplier,
+            duplicates=duplicates,
+            train_norm_affine=train_norm_affine,
+        )
 
 
-class DeepLab(Segmenter):
+class DeepLab(DilatedSegmenter):
     """MRNet's two-head network; ``layer5`` is the auxiliary head A, ``layer6`` the primary one P.
 
     State-dict keys and shapes are those of the published MRNet and EPLC checkpoints.
@@ -284,7 +269,7 @@ class DeepLab(Segmenter):
         self.layer6 = Head(config.width * 48, config)
 
     def head_features(self, maps: BackboneMaps) -> HeadFeatures:
-        """See :class:`Segmenter`."""
+        """See :class:`DilatedSegmenter`."""
         aux = self.layer5.features(maps.layer3)
         main = self.layer6.features(torch.cat([maps.layer4, maps.layer3], dim=1))
         return HeadFeatures(aux, main)
@@ -302,35 +287,13 @@ class DeepLab(Segmenter):
         return AUX_WEIGHT, 1.0
 
 
-def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with corners aligned, (N, C, h, w) to (N, C, *size) with size = (height, width)."""
-    if maps.device.type == "cpu" and maps.requires_grad and torch.is_grad_enabled():
-        # Torch's backward pass of this costs a CPU eight times its forward; two matrix products halve the sum.
-        n, c, h, w = maps.shape
-        rows, columns = _interpolation(size[0], h, maps), _interpolation(size[1], w, maps)
-        wide = (maps.reshape(n * c * h, w) @ columns.t()).view(n * c, h, size[1])
-        return torch.matmul(rows, wide).view(n, c, *size)
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
-
-
-def _interpolation(pixels: int, cells: int, like: Tensor) -> Tensor:
-    """Matrix (pixels, cells) of the bilinear weights along one axis, corners aligned."""
-    scale = (cells - 1) / (pixels - 1) if pixels > 1 else 0.0
-    position = torch.arange(pixels, dtype=torch.float64, device=like.device) * scale
-    low = position.floor().long().clamp(max=cells - 1)
-    share = (position - low).to(like.dtype)[:, None]
-    matrix = torch.zeros((pixels, cells), dtype=like.dtype, device=like.device)
-    matrix.scatter_add_(1, low[:, None], 1.0 - share)
-    return matrix.scatter_add_(1, (low + 1).clamp(max=cells - 1)[:, None], share)
-
-
 def upsample_logits(logits: Logits, size: tuple[int, int]) -> Logits:
     """Both heads of ``upsample``: the z_A, z_P of methods section 3, at the size of the label."""
     return Logits(upsample(logits.aux, size), upsample(logits.main, size))
 
 
 def parameter_groups(
-    network: Segmenter,
+    network: DilatedSegmenter,
     *,
     lr: float,
     head_multiplier: float = 10.0,
@@ -391,106 +354,6 @@ def parameter_groups(
         }
         for name, parameters, scale in table
     ]
-
-
-@contextmanager
-def norm_statistics(network: nn.Module, update: bool) -> Iterator[None]:
-    """Decides whether forward passes inside it write the batch norms' running statistics.
-
-    In training mode a batch is always normalised by its own statistics, whatever this says; in evaluation
-    mode nothing changes. So a target pass can leave the running statistics to the source, or the reverse.
-    """
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [norm.track_running_stats for norm in norms]
-    for norm in norms:
-        norm.track_running_stats = update
-    try:
-        yield
-    finally:
-        for norm, tracked in zip(norms, before, strict=True):
-            norm.track_running_stats = tracked
-
-
-@torch.no_grad()
-def ema_update(
-    average: Mapping[str, Tensor], network: nn.Module, decay: float, *, buffers: BufferRule = "average"
-) -> None:
-    """Moves an average in place: average <- decay * average + (1 - decay) * network.
-
-    Running statistics are averaged like weights by default, because they belong to the weights they were
-    seen under; ``buffers="copy"`` takes the network's newest instead. Integer buffers are copied.
-
-    Args:
-        average: state dict of the averaged network, on the network's device (its tensors are written).
-        network: the network that learns.
-        decay: share kept; 0 copies.
-        buffers: what happens to floating-point buffers.
-
-    Raises:
-        ValueError: if the two have different keys or the decay is outside [0, 1].
-    """
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay is {decay}; a share lies in [0, 1]")
-    state = network.state_dict()
-    if state.keys() != average.keys():
-        odd = sorted(state.keys() ^ average.keys())
-        raise ValueError(f"the average and the network have different entries, for example {odd[0]!r}")
-    parameters = {name for name, _ in network.named_parameters()}
-    floats: tuple[list[Tensor], list[Tensor]] = ([], [])
-    copies: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for name, value in state.items():
-        averaged = value.is_floating_point() and (name in parameters or buffers == "average")
-        kept, fresh = floats if averaged else copies
-        kept.append(average[name])
-        fresh.append(value)
-    if floats[0]:
-        torch._foreach_lerp_(floats[0], floats[1], 1.0 - decay)
-    if copies[0]:
-        torch._foreach_copy_(copies[0], copies[1])
-
-
-@torch.no_grad()
-def adapt_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> int:
-    """AdaBN: replaces the running statistics by the cumulative average over the given image batches.
-
-    Only the batch norms are in training mode meanwhile, so dropout is off; weights do not change, and
-    every module's mode is restored.
-
-    Args:
-        network: the network to re-estimate, in place.
-        batches: image batches (N, 3, H, W) on the network's device.
-
-    Returns:
-        The number of batches used.
-
-    Raises:
-        ValueError: if there was no batch; the statistics are then as they were.
-    """
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise ValueError("no batches were given, so there is nothing to estimate the statistics from")
-    modes = {module: module.training for module in network.modules()}
-    momenta = [norm.momentum for norm in norms]
-    network.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's name for a cumulative average
-        norm.training = True
-    count = 0
-    try:
-        batch: Tensor | None = first
-        while batch is not None:
-            network(batch)
-            count += 1
-            batch = next(iterator, None)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
-    return count
 
 
 def _norm(config: DeepLabConfig, channels: int) -> nn.Module:

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from models.networks.bisenet import BiSeNetConfig
+from models.networks.build import Config
 from models.networks.deeplab import DeepLabConfig
 from models.networks.proda import EXTRA_NORM, PROTOTYPES
+from models.networks.segmenter import Segmenter
 
 PARALLEL_PREFIX = "module."
 SKIPPED_IN_INIT = ("fc", "layer5")
 COUNTER = "num_batches_tracked"
 SHOWN_NAMES = 3
+SPATIAL, BISENET_CONTEXT = "saptial_path.", "context_path."
+BISENET_COPY = f"{BISENET_CONTEXT}features."
+IMAGENET_CLASSES = 1000
 
 
 def strip_parallel(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -57,12 +65,40 @@ def _few(names: tuple[str, ...]) -> str:
 
 def is_whole_network(state: Mapping[str, Tensor]) -> bool:
     """Whether a file holds a head with its classifier, and not a backbone alone."""
-    return any(key.startswith("layer5.head.") for key in strip_parallel(state))
+    return any(key.startswith(("layer5.head.", SPATIAL)) for key in strip_parallel(state))
 
 
-def described(state: Mapping[str, Tensor], config: DeepLabConfig) -> DeepLabConfig:
-    """A network's description with the heads, classes and extra norm of a file's whole network."""
+def described(state: Mapping[str, Tensor], config: Config | None = None) -> Config:
+    """The description of a file's whole network.
+
+    Args:
+        state: of the file.
+        config: of a network of its family, for what names and shapes do not tell; None for the published one.
+    """
     given = strip_parallel(state)
+    if any(key.startswith(SPATIAL) for key in given):
+        return _bisenet(given, config if isinstance(config, BiSeNetConfig) else BiSeNetConfig())
+    return _deeplab(given, config if isinstance(config, DeepLabConfig) else DeepLabConfig())
+
+
+def _bisenet(given: Mapping[str, Tensor], config: BiSeNetConfig) -> BiSeNetConfig:
+    stages = [{key.split(".")[2] for key in given if key.startswith(f"context_path.layer{n}.")} for n in (1, 2, 3, 4)]
+    block: Literal["basic", "bottleneck"] = "bottleneck" if "context_path.layer1.0.conv3.weight" in given else "basic"
+    one, two, three, four = (len(blocks) for blocks in stages)
+    try:
+        return replace(
+            config,
+            num_classes=given["conv.weight"].shape[0],
+            layers=(one, two, three, four),
+            block=block,
+            width=given["context_path.conv1.weight"].shape[0],
+            spatial_width=given[f"{SPATIAL}convblock1.conv1.weight"].shape[0],
+        )
+    except (KeyError, ValueError):
+        return config  # whoever loads it says what is missing
+
+
+def _deeplab(given: Mapping[str, Tensor], config: DeepLabConfig) -> DeepLabConfig:
     classifier = next((value for key, value in given.items() if key.startswith("layer5.head.")), None)
     if classifier is None:
         return config
@@ -97,7 +133,7 @@ def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     Raises:
         ValueError: it does not fit; names what is missing, unexpected or of another shape.
     """
-    own, given = network.state_dict(), strip_parallel(state)
+    own, given, prefix = network.state_dict(), _without_copies(strip_parallel(state)), _backbone_prefix(network)
     if is_whole_network(given):
         found = differences({key: value for key, value in own.items() if key != PROTOTYPES or key in given}, given)
         if found:
@@ -105,8 +141,8 @@ def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
         return given
     if not any(key.startswith("conv1.") for key in given):
         given = {key.partition(".")[2]: value for key, value in given.items()}
-    given = {key: value for key, value in given.items() if key.partition(".")[0] not in SKIPPED_IN_INIT}
-    needed = {key: value for key, value in own.items() if key.partition(".")[0] in _BACKBONE}
+    given = {f"{prefix}{key}": value for key, value in given.items() if key.partition(".")[0] not in SKIPPED_IN_INIT}
+    needed = {key: value for key, value in own.items() if _is_backbone(key, prefix)}
     needed = {key: value for key, value in needed.items() if key in given or not key.endswith(COUNTER)}
     found = differences(needed, given)
     if found:
@@ -134,14 +170,45 @@ def backbone_part(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     Raises:
         ValueError: there is none, or one has another shape.
     """
-    own, given = network.state_dict(), strip_parallel(state)
-    taken = {key: given[key] for key in own if key in given and key.partition(".")[0] in _BACKBONE}
+    own, prefix = network.state_dict(), _backbone_prefix(network)
+    given = {f"{prefix}{key}": value for key, value in strip_parallel(state).items()}
+    taken = {key: given[key] for key in own if key in given and _is_backbone(key, prefix)}
     if not taken:
-        raise ValueError(f"none of its {len(given)} tensors ({_few(tuple(given))}) belongs to this backbone")
+        raise ValueError(f"none of its {len(given)} tensors ({_few(tuple(state))}) belongs to this backbone")
     found = differences({key: own[key] for key in taken}, taken)
     if found:
         raise ValueError(f"the pretrained file does not fit this backbone: {found}")
     return taken
+
+
+def with_published_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a BiSeNet under all names of the published checkpoints.
+
+    These hold the context path twice, the second time as a whole ResNet whose classifier nobody uses (methods 8.5); it
+    is written as zeros of the published shape.
+    """
+    found = dict(state)
+    for key, value in state.items():
+        if key.startswith(BISENET_CONTEXT):
+            found[f"{BISENET_COPY}{key.removeprefix(BISENET_CONTEXT)}"] = value
+    found[f"{BISENET_COPY}fc.weight"] = torch.zeros(
+        IMAGENET_CLASSES, len(state["attention_refinement_module2.conv.bias"])
+    )
+    found[f"{BISENET_COPY}fc.bias"] = torch.zeros(IMAGENET_CLASSES)
+    return found
+
+
+def _without_copies(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`with_published_copies`."""
+    return {key: value for key, value in given.items() if not key.startswith(BISENET_COPY)}
+
+
+def _backbone_prefix(network: nn.Module) -> str:
+    return network.BACKBONE if isinstance(network, Segmenter) else ""
+
+
+def _is_backbone(key: str, prefix: str) -> bool:
+    return key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in _BACKBONE
 
 
 _BACKBONE = frozenset(("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))

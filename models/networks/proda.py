@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.networks.backbone import BackboneMaps
-from models.networks.deeplab import DeepLabConfig, Head, Segmenter
+from models.networks.deeplab import DeepLabConfig, DilatedSegmenter, Head
 
 EXTRA_NORM = "bn_pretrain"
 """Name of the norm between backbone and head, in published checkpoints, too."""
@@ -22,7 +22,7 @@ class ProdaOutputs(NamedTuple):
     feature: Tensor
 
     def heads(self) -> tuple[tuple[float, Tensor], ...]:
-        """See :class:`models.networks.deeplab.Outputs`."""
+        """See :class:`models.networks.segmenter.Outputs`."""
         return ((1.0, self.main),)
 
     def fused(self) -> Tensor:
@@ -30,7 +30,7 @@ class ProdaOutputs(NamedTuple):
         return self.main
 
 
-class Proda(Segmenter):
+class Proda(DilatedSegmenter):
     """Backbone, perhaps another batch norm, one head.
 
     The prototypes (C, K) are a buffer: they travel with the weights, to whoever denoises labels with them. Published
@@ -49,7 +49,7 @@ class Proda(Segmenter):
         self.register_buffer(PROTOTYPES, torch.zeros(config.num_classes, config.bottleneck_channels))
 
     def head_features(self, maps: BackboneMaps) -> tuple[Tensor]:
-        """See :class:`Segmenter`."""
+        """See :class:`models.networks.deeplab.DilatedSegmenter`."""
         map4 = maps.layer4 if self.bn_pretrain is None else self.bn_pretrain(maps.layer4)
         return (self.layer5.features(map4),)
 

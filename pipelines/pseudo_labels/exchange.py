@@ -18,7 +18,7 @@ from actors.errors import RunError, UnreadableImage
 from actors.labeller import Labeller
 from actors.protocols import LabelPlan
 from actors.records import decode
-from models.networks.deeplab import Segmenter
+from models.networks.segmenter import Segmenter
 from models.uncertainty import mean_probabilities, trunk_views
 from pipelines.benchmarks import Benchmark, Published
 from pipelines.label_rules import MonteCarloRule
@@ -27,6 +27,7 @@ from pipelines.pseudo_labels.layouts import LAYOUTS, FileLayout, FolderLayout, I
 from pipelines.pseudo_labels.table import PseudoLabel, open_table
 from pipelines.setup import Setup, choose_pair, resolve
 from pipelines.trained import check_fits, check_same_classes
+from pipelines.views import network_input
 from pipelines.weights import Weights, newest_weights
 
 Progress = Callable[[int, int], None]
@@ -153,7 +154,9 @@ def _soft(
         except UnreadableImage as error:
             done.skipped.append(str(error))
             continue
-        inputs = [setup.prepare(torch.from_numpy(np.array(image))[None].to(device)) for image in images]
+        inputs = [
+            network_input(torch.from_numpy(np.array(image))[None].to(device), network.config.pixels) for image in images
+        ]
         views = trunk_views(network, inputs, mirror=preset.score_mirrored)
         found = mean_probabilities(network, views, None, (height // 4 + 1, width // 4 + 1))[0]
         done.add(np.zeros((1, 1), np.uint8))

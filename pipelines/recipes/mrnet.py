@@ -197,5 +197,6 @@ RECIPE = Recipe(
     name="mrnet",
     summary="stage I of MRNet: adversarial alignment and memory regularisation",
     schedules=1,
+    system="mrnet",
     stages=lambda ingredients, options: (alignment_stage(replace(ingredients, alignment=options)),),
 )

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.networks.deeplab import Segmenter, parameter_groups
+from models.networks.segmenter import Segmenter
 from models.schedule import warmup_poly
 from pipelines.recipes.recipe import Preset
 
@@ -35,8 +35,7 @@ class Sgd:
     def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of a network; the student sets every group's rate before each step."""
         assert isinstance(network, Segmenter)
-        groups = parameter_groups(
-            network,
+        groups = network.parameter_groups(
             lr=1.0,
             head_multiplier=self.head_multiplier,
             duplicates=self.duplicates,

@@ -429,5 +429,6 @@ RECIPE = Recipe(
     stages=stages,
     fitted=fitted,
     decide=decide,
+    system="proda",
     published_term=(0.0, 1.0),
 )

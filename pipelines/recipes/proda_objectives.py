@@ -19,9 +19,10 @@ from actors.errors import RunError, UnreadableImage
 from actors.protocols import Batch, ImageReader, ObjectiveContext, StepInfo
 from models.denoising import assignment_loss, distillation_loss, regulariser, symmetric_cross_entropy
 from models.losses import IGNORE, ClassBalance, mean_weight, segmentation_loss
-from models.networks.deeplab import norm_statistics, upsample
 from models.networks.discriminators import PatchDiscriminator
 from models.networks.proda import Proda, ProdaOutputs
+from models.networks.segmenter import upsample
+from models.networks.statistics import norm_statistics
 from models.prototypes import (
     PrototypeMean,
     class_distances,

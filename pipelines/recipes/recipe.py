@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from actors.errors import RunError
 from actors.protocols import ImageReader, StagePlan, Stream, View
 from models.networks.deeplab import DeepLabConfig
+from models.networks.segmenter import Heads
 from pipelines.benchmarks import Benchmark, common_part
 
 if TYPE_CHECKING:  # it builds on this module
@@ -225,6 +226,7 @@ class Recipe:
         fitted: the preset of a benchmark as this recipe runs it.
         decide: the recipe's options with everything decided that the user left open.
         published_term: percentile of mining and weight of rare classes in the published system's supervised loss.
+        system: the family of networks whose published files are scored as this recipe scores.
     """
 
     name: str
@@ -235,6 +237,7 @@ class Recipe:
     fitted: Callable[[Preset, Benchmark], Preset] = lambda preset, benchmark: preset
     decide: Callable[[Any, Ingredients], Any] = lambda options, ingredients: options.resolved(ingredients.faithful)
     published_term: tuple[float, float] = PUBLISHED_TERM
+    system: Heads | None = None
 
 
 def preset(name: str, benchmark: Benchmark) -> Preset:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
 from models.losses import ClassBalance, segmentation_loss
-from models.networks.deeplab import Outputs, upsample
+from models.networks.segmenter import Outputs, upsample
 from pipelines.recipes.optimisation import Rate, sgd
 from pipelines.recipes.recipe import PUBLISHED_CROP, Ingredients, StageSchedule
 from pipelines.views import RandomCrop

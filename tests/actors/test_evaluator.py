@@ -13,7 +13,7 @@ from actors.evaluator import Evaluator, Recommended, Scorer
 from actors.weight_board import WeightBoard
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from models.networks.proda import Proda
-from pipelines.views import network_input
+from pipelines.views import input_of
 
 CONFIG = DeepLabConfig(
     num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)
@@ -54,7 +54,7 @@ def weights(made):
 
 
 def scorer(reader, views=((48, 32),), mirrored=False):
-    return Scorer(lambda: DeepLab(CONFIG), reader, network_input, views, mirrored, 4, PROTOCOLS, torch.device("cpu"))
+    return Scorer(lambda: DeepLab(CONFIG), reader, input_of, views, mirrored, 4, PROTOCOLS, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def slow_prediction(made, reader, index, views, mirrored):
     """Whole passes, one view after the other."""
     total = 0
     for view in views:
-        x = network_input(torch.from_numpy(reader.read(index, view))[None])
+        x = input_of(torch.from_numpy(reader.read(index, view))[None], made)
         for flip in (False, True) if mirrored else (False,):
             logits = made(x.flip(3) if flip else x)
             p = (0.5 * logits.aux + logits.main).softmax(1)
@@ -155,7 +155,7 @@ def proda(extra_norm, seed=0):
 
 
 def scorer_of(*networks):
-    return Scorer(networks, Reader(), network_input, ((48, 32),), True, 4, PROTOCOLS, torch.device("cpu"))
+    return Scorer(networks, Reader(), input_of, ((48, 32),), True, 4, PROTOCOLS, torch.device("cpu"))
 
 
 def test_networks_of_different_stages_are_scored_each_as_itself():
@@ -175,7 +175,7 @@ def test_a_network_with_one_head_is_scored_by_it():
     found = np.array(scorer_of(lambda: proda(False, 5)).score(weights(made))["confusion"])
     expected = np.zeros((4, 4), int)
     for index in range(len(reader)):
-        x = network_input(torch.from_numpy(reader.read(index, (48, 32)))[None])
+        x = input_of(torch.from_numpy(reader.read(index, (48, 32)))[None], made)
         with torch.no_grad():
             p = (made(x).main.softmax(1) + made(x.flip(3)).main.softmax(1).flip(3)) / 2
         p = torch.nn.functional.interpolate(p, (20, 36), mode="bilinear", align_corners=True)

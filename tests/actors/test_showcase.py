@@ -11,7 +11,7 @@ from actors.staleness import StalenessPolicy
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from models.networks.proda import Proda
 from pipelines.selections import PercentileSelection
-from pipelines.views import network_input
+from pipelines.views import input_of
 
 CONFIG = DeepLabConfig(
     num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)
@@ -65,7 +65,7 @@ def weights(seed):
 def showcase(reader=None, labelled=True, label_plan=None, images=4):
     reader = reader or Reader()
     cpu = torch.device("cpu")
-    return Showcase(lambda: DeepLab(CONFIG), reader, labelled, network_input, (VIEW,), True, label_plan, 0, cpu, images)
+    return Showcase(lambda: DeepLab(CONFIG), reader, labelled, input_of, (VIEW,), True, label_plan, 0, cpu, images)
 
 
 def test_images_are_spread_evenly_and_neither_the_first_nor_the_last():
@@ -129,7 +129,7 @@ def test_each_row_may_have_a_network_of_its_own_and_the_last_one_labels():
     def show(kinds, **rows):
         labels, cpu = LabelPlan(Watched(), StalenessPolicy()), torch.device("cpu")
         rows = {name: {key: tensor.numpy() for key, tensor in made.state_dict().items()} for name, made in rows.items()}
-        return Showcase(kinds, Reader(), True, network_input, (VIEW,), True, labels, 0, cpu, images=2).show(rows, None)
+        return Showcase(kinds, Reader(), True, input_of, (VIEW,), True, labels, 0, cpu, images=2).show(rows, None)
 
     kinds = (lambda: proda(False, 5), lambda: proda(True, 5))
     one, two = proda(True, 1), proda(False, 2)

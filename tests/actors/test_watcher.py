@@ -9,7 +9,7 @@ from actors.watcher import Watcher
 from models.label_free import TargetSignals
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from models.networks.proda import Proda
-from pipelines.views import network_input
+from pipelines.views import input_of
 
 CONFIG = DeepLabConfig(
     num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)
@@ -39,9 +39,7 @@ def weights(seed):
 
 
 def watcher(reader, images=5, batch=4):
-    return Watcher(
-        lambda: DeepLab(CONFIG), reader, network_input, (48, 32), images, 4, torch.device("cpu"), batch=batch
-    )
+    return Watcher(lambda: DeepLab(CONFIG), reader, input_of, (48, 32), images, 4, torch.device("cpu"), batch=batch)
 
 
 def test_it_measures_spread_images_whatever_the_batch():
@@ -52,7 +50,7 @@ def test_it_measures_spread_images_whatever_the_batch():
     expected = TargetSignals(4)
     with torch.no_grad():
         for index in list(reader.asked):
-            expected.update(made(network_input(torch.from_numpy(reader.read(index, (48, 32)))[None])))
+            expected.update(made(input_of(torch.from_numpy(reader.read(index, (48, 32)))[None], made)))
     assert {name: found[name] for name in expected.values()} == pytest.approx(expected.values(), rel=1e-5)
     assert found["class_shares"] == pytest.approx(expected.class_shares())
     assert "agreement" not in found
@@ -75,7 +73,7 @@ def test_consistency_is_the_agreement_with_the_mirrored_image():
     same = []
     with torch.no_grad():
         for index in list(reader.asked):
-            image = network_input(torch.from_numpy(reader.read(index, (48, 32)))[None])
+            image = input_of(torch.from_numpy(reader.read(index, (48, 32)))[None], made)
             one, other = (made(view) for view in (image, image.flip(-1)))
             classes = [(z.aux / 2 + z.main).argmax(1) for z in (one, other)]
             same.append((classes[0] == classes[1].flip(-1)).double().mean())
@@ -106,7 +104,7 @@ def proda(extra_norm, seed):
 def test_it_follows_a_change_of_the_network_and_compares_what_both_saw():
     kinds = (lambda: proda(False, 5), lambda: proda(True, 5))
     reader = Reader()
-    watching = Watcher(kinds, reader, network_input, (48, 32), 5, 4, torch.device("cpu"))
+    watching = Watcher(kinds, reader, input_of, (48, 32), 5, 4, torch.device("cpu"))
     plain, normed = proda(False, 0), proda(True, 1)
     weights_of = [{name: tensor.numpy() for name, tensor in made.state_dict().items()} for made in (plain, normed)]
     first = watching.look(weights_of[0], weights_of[1])
@@ -115,7 +113,7 @@ def test_it_follows_a_change_of_the_network_and_compares_what_both_saw():
     for name, made in (("plain", plain), ("normed", normed)):
         images = np.stack([reader.read(index, (48, 32)) for index in (0, 2, 4, 6, 8)])
         with torch.no_grad():
-            classes[name] = made(network_input(torch.from_numpy(images))).main.argmax(1).numpy()
+            classes[name] = made(input_of(torch.from_numpy(images), made)).main.argmax(1).numpy()
     shares = np.bincount(classes["normed"].reshape(-1), minlength=4) / classes["normed"].size
     assert found["class_shares"] == pytest.approx(shares.tolist())
     assert (

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures, upsample
+from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures
 from models.networks.proda import Proda
+from models.networks.segmenter import upsample
 from models.uncertainty import (
     UncertaintyRule,
     View,

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.networks.deeplab import upsample
+from models.networks.segmenter import upsample
 from pipelines.autoaugment import autoaugment
 from pipelines.views import CROP_DRAWS, MEAN_BGR, RandomCrop, Whole, class_mix, network_input, normalised, rgb
 

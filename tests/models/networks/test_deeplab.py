@@ -13,13 +13,11 @@ from models.networks.deeplab import (
     DilatedConv2d,
     HeadFeatures,
     Logits,
-    adapt_batch_norm,
-    ema_update,
-    norm_statistics,
     parameter_groups,
-    upsample,
     upsample_logits,
 )
+from models.networks.segmenter import upsample
+from models.networks.statistics import adapt_batch_norm, ema_update, norm_statistics
 
 
 def meta(config: DeepLabConfig) -> DeepLab:

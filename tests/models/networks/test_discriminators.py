@@ -1,9 +1,18 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.losses import discriminator_loss, generator_loss
-from models.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
+from models.networks.discriminators import (
+    FullyConvDiscriminator,
+    MultiScaleDiscriminator,
+    PatchDiscriminator,
+    SeparableDiscriminator,
+)
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +161,59 @@ def test_prodas_map_of_a_full_crop_has_stride_16():
 def test_prodas_discriminator_without_classes_or_width_is_refused(classes, width):
     with pytest.raises(ValueError, match=f"num_classes is {classes} and width is {width}; both must be at least 1"):
         PatchDiscriminator(classes, width)
+
+
+# BiSeNet's.
+
+KEYS = json.loads((Path(__file__).parents[2] / "golden" / "bisenet_keys.json").read_text())
+BISENETS = {"fcd": (FullyConvDiscriminator, 2_781_121), "dsc": (SeparableDiscriminator, 189_424)}
+
+
+@pytest.mark.parametrize("name", BISENETS)
+def test_bisenets_discriminators_have_the_published_keys_and_counts(name):
+    kind, count = BISENETS[name]
+    with torch.device("meta"):
+        network = kind(19)
+    assert {key: list(value.shape) for key, value in network.state_dict().items()} == KEYS[name]
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+@pytest.mark.parametrize(("size", "answer"), [((512, 1024), (512, 1024)), ((720, 1280), (704, 1280))])
+@pytest.mark.parametrize("name", BISENETS)
+def test_their_answer_is_as_large_as_five_halvings_leave_it(name, size, answer):
+    with torch.device("meta"):
+        scores = BISENETS[name][0](19)(torch.empty((1, 19, *size), device="meta"))
+    assert scores.shape == (1, 1, *answer)
+
+
+def layer(network, number, x):
+    """One step of a discriminator, by its weights alone."""
+    weights = list(network.state_dict().values())
+    if isinstance(network, FullyConvDiscriminator):
+        return F.conv2d(x, weights[2 * number], weights[2 * number + 1], 2, 1)
+    depth, point = weights[2 * number : 2 * number + 2]
+    return F.conv2d(F.conv2d(x, depth, None, 2, 1, groups=x.shape[1]), point)
+
+
+@pytest.mark.parametrize("name", BISENETS)
+def test_they_are_five_layers_with_leaky_rectifiers_between(name):
+    torch.manual_seed(0)
+    network = BISENETS[name][0](3, width=4).double()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64).softmax(1)
+    expected = x
+    for number in range(5):
+        expected = layer(network, number, expected if number == 0 else F.leaky_relu(expected, 0.2))
+    expected = F.interpolate(expected, scale_factor=32, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(network(x), expected)
+
+
+@pytest.mark.parametrize("name", BISENETS)
+def test_a_map_without_five_halvings_is_refused(name):
+    with pytest.raises(ValueError, match=r"31x64; a discriminator of five strides needs 32"):
+        BISENETS[name][0](3, width=4)(torch.zeros(1, 3, 31, 64))
+
+
+@pytest.mark.parametrize("name", BISENETS)
+def test_they_need_classes_and_channels(name):
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        BISENETS[name][0](0)

@@ -3,9 +3,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.networks.bisenet import BiSeNet, BiSeNetConfig
 from models.networks.build import Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from models.networks.layouts import backbone_part, described, is_whole_network, load, strip_parallel
+from models.networks.layouts import (
+    backbone_part,
+    described,
+    is_whole_network,
+    load,
+    strip_parallel,
+    with_published_copies,
+)
 
 BACKBONE = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
@@ -237,3 +245,49 @@ def test_a_simclr_file_of_something_else_is_refused():
         ValueError, match=r"of another shape \(conv1\.weight is \(8, 3, 7, 7\), needed is \(4, 3, 7, 7\)"
     ):
         backbone_part(ours, {"conv1.weight": wide["conv1.weight"], "bn1.weight": torch.zeros(4)})
+
+
+# BiSeNet's.
+
+
+def bisenet(**changes):
+    return BiSeNet(replace(BiSeNetConfig(3, (1, 1, 1, 1), width=4, spatial_width=4), **changes))
+
+
+def test_a_published_bisenet_holds_its_context_path_twice():
+    ours, theirs = bisenet(), bisenet()
+    published = {f"module.{key}": value for key, value in with_published_copies(theirs.state_dict()).items()}
+    assert published["module.context_path.features.fc.weight"].shape == (1000, 32)
+    assert torch.equal(published["module.context_path.features.bn1.bias"], theirs.context_path.bn1.bias)
+    assert is_whole_network(published)
+    assert load(ours, published) == len(theirs.state_dict())
+    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BiSeNetConfig(5, (1, 2, 1, 1), width=4, spatial_width=8),
+        BiSeNetConfig(3, (1, 1, 2, 1), block="bottleneck", width=4, spatial_width=4),
+    ],
+)
+def test_a_bisenet_is_described_by_its_names_and_shapes(config):
+    assert described(BiSeNet(config).state_dict()) == config
+    assert described(BiSeNet(config).state_dict(), DeepLabConfig()) == config
+
+
+def test_a_usual_resnet_fills_the_context_path_alone():
+    ours, theirs = bisenet(), bisenet()
+    spatial = ours.saptial_path.convblock1.conv1.weight.clone()
+    state = {k.removeprefix("context_path."): v for k, v in theirs.state_dict().items() if k.startswith("context_path")}
+    assert load(ours, state | {"fc.weight": torch.zeros(1000, 32)}) == len(state)
+    assert torch.equal(ours.context_path.layer4[0].conv2.weight, theirs.context_path.layer4[0].conv2.weight)
+    assert torch.equal(ours.saptial_path.convblock1.conv1.weight, spatial)
+    assert torch.equal(backbone_part(ours, state)["context_path.conv1.weight"], theirs.context_path.conv1.weight)
+
+
+def test_another_systems_network_is_refused():
+    with pytest.raises(ValueError, match="another network"):
+        load(bisenet(), tiny().state_dict())
+    with pytest.raises(ValueError, match="another network"):
+        load(tiny(), bisenet().state_dict())

@@ -11,8 +11,9 @@ from torch import nn
 
 from models.networks.backbone import grid_size
 from models.networks.build import Build
-from models.networks.deeplab import DeepLab, DeepLabConfig, adapt_batch_norm, ema_update, parameter_groups
+from models.networks.deeplab import DeepLab, DeepLabConfig, parameter_groups
 from models.networks.proda import Proda, ProdaOutputs
+from models.networks.statistics import adapt_batch_norm, ema_update
 
 PUBLISHED = DeepLabConfig(heads="proda", bottleneck_channels=256, pixels="rgb_unit", conv_std=0.01)
 TINY = DeepLabConfig(

@@ -215,6 +215,23 @@ class StepInfo:
 
 
 @dataclass(frozen=True)
+class Reward:
+    """How well a student fared with the labels of a teacher that learns.
+
+    Attributes:
+        step: the student's step.
+        stage_step: of its stage.
+        version: of the weights that made the labels it learned from, in the student's steps: their median.
+        terms: means of the loss terms that the stage sends back, over the steps since the last reward.
+    """
+
+    step: int
+    stage_step: int
+    version: int
+    terms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class ObjectiveContext:
     """What an objective may know of the process it runs in."""
 
@@ -237,6 +254,8 @@ class ObjectiveContext:
     """A network that computes as the student's does: in its precision, and normalising as many images at a time."""
     fresh: bool = True
     """Whether the stage begins; False where a checkpoint of it is about to be loaded."""
+    reward: Callable[[], Reward | None] = lambda: None
+    """For a teacher that learns: what it last heard of its student; None before it hears anything."""
 
 
 class Objective(Protocol):
@@ -285,9 +304,12 @@ class StagePlan:
         network: builds the network of this stage and of those after it, freshly initialised, whatever the student was;
             None goes on with the one there is.
         initial: fills that fresh network, or part of it; None leaves it random.
-        labelled_by: whose labels ``refresh="once"`` takes: those of the network that this stage publishes, or of the
-            one that the stage before published.
+        labelled_by: whose weights make the labels: those that this stage publishes; with ``refresh="once"`` perhaps the
+            ones that the stage before published; or those of ``teacher``.
         keeps_before: whether the published network of the stage before is kept, in checkpoints, too.
+        teacher: how the network that labels goes on learning meanwhile, in an actor of its own; it begins as the one
+            that the stage before published, and takes no more steps than the student.
+        reward: loss terms whose means are sent back to that teacher.
     """
 
     name: str
@@ -308,14 +330,20 @@ class StagePlan:
     frozen_norms: bool = False
     network: Callable[[], nn.Module] | None = None
     initial: Callable[[nn.Module], None] | None = None
-    labelled_by: Literal["teaching", "before"] = "teaching"
+    labelled_by: Literal["teaching", "before", "teacher"] = "teaching"
     keeps_before: bool = False
+    teacher: StagePlan | None = None
+    reward: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.labelled_by == "before" and not self.keeps_before:
             raise ValueError(f"stage {self.name} is labelled by the network before it, so it must keep that")
         if self.labelled_by == "before" and (self.labels is None or self.labels.policy.refresh != "once"):
             raise ValueError(f"stage {self.name} is labelled by a network that does not change: once")
+        if (self.labelled_by == "teacher") != (self.teacher is not None):
+            raise ValueError(f"stage {self.name} is labelled by a teacher that learns if, and only if, it has one")
+        if self.teacher is not None and not (self.keeps_before and self.labels is not None):
+            raise ValueError(f"stage {self.name} has a teacher that begins as the network before and makes labels")
 
 
 @dataclass(frozen=True)

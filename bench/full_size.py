@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo, Stream, View
-from models.networks.deeplab import DeepLab
+from models.networks.build import Build
+from models.networks.segmenter import Segmenter
 from models.schedule import set_rate
 from pipelines.benchmarks import benchmark
 from pipelines.recipes import recipe
@@ -57,7 +58,7 @@ def batch_of(crop: tuple[int, int], images: int, device: torch.device, *, source
     return Batch(images_of_source, labels_of_source, pictures(), labels(), torch.ones(images, device=device))
 
 
-def step(stage: StagePlan, network: DeepLab, batch: Batch, device: torch.device, *, bfloat16: bool) -> float:
+def step(stage: StagePlan, network: Segmenter, batch: Batch, device: torch.device, *, bfloat16: bool) -> float:
     """Seconds of the second of two steps: the first one also allocates."""
     objective = stage.objective(ObjectiveContext(device, lambda value: value, lambda parameters: None))
     optimiser = stage.optimiser(network)
@@ -92,7 +93,7 @@ def _wait(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def bfloat16_error(network: DeepLab, images: Tensor) -> float:
+def bfloat16_error(network: Segmenter, images: Tensor) -> float:
     """Relative L2 distance of the fused logits under bfloat16 autocast from those in float32."""
     network.eval()
     exact = network(images).fused().double()
@@ -111,7 +112,7 @@ def main() -> None:
     given = parser.parse_args()
     device, size = torch.device(given.device), preset("full", benchmark("gta2city"))
     torch.manual_seed(0)
-    network = DeepLab(size.network).to(device)
+    network = Build(size.network)().to(device)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     found: dict[str, Any] = {"parameters": parameters, "device": given.device, "threads": torch.get_num_threads()}
     picture = batch_of(size.stages[0].crop, 1, device, source=False).target

@@ -318,6 +318,19 @@ def generator_loss(scores: Sequence[Tensor]) -> Tensor:
     return 2.0 * torch.stack([(score - 1.0).square().mean() for score in scores]).sum()
 
 
+def domain_loss(scores: Tensor, *, target: bool) -> Tensor:
+    """BCE(D, y) with y = 0 for the source and 1 for the target domain, averaged over all cells (methods 6.1).
+
+    Args:
+        scores: logits of a discriminator, float of any shape.
+        target: the domain that they shall name: its own where the discriminator learns, the other where it is fooled.
+
+    Returns:
+        A 0-d tensor.
+    """
+    return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, float(target)))
+
+
 class DiscriminatorLoss(NamedTuple):
     """The whole discriminator loss, penalty included, and the penalty R alone."""
 

@@ -9,10 +9,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from actors.protocols import Labelled
 from actors.records import RecordLayout
 from models.losses import IGNORE
+from models.median import CAP, MedianLabels, median_labels
 from models.networks.backbone import grid_size
 from models.networks.proda import Proda
 from models.networks.segmenter import Segmenter, upsample
@@ -233,4 +235,65 @@ class PrototypeRule:
                 confidence_histogram(best, sure, self.num_classes),
             )
             for label, best, sure, columns in zip(made, winners, quantise(confidence).cpu().numpy(), more, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class MedianRule:
+    """Class-wise median thresholds, image by image (methods §6.2).
+
+    Attributes:
+        num_classes: C.
+        size: (width, height) of the image that is seen, once, not mirrored, and of the label.
+        cap: confidence that is always enough.
+        published: thresholds are read as the published code reads them (Q-BI-1).
+        ignore_bottom: share of the label's height, from below, that is always withheld and never counted.
+    """
+
+    num_classes: int
+    size: Size
+    cap: float = CAP
+    published: bool = False
+    ignore_bottom: float = 0.0
+
+    @property
+    def layout(self) -> RecordLayout:
+        """Label and quantised confidence."""
+        shape = (self.size[1], self.size[0])
+        return RecordLayout((("label", shape), ("confidence", shape)), self.num_classes)
+
+    @property
+    def view_sizes(self) -> tuple[Size, ...]:
+        """See :class:`actors.protocols.LabelRule`."""
+        return (self.size,)
+
+    @torch.no_grad()
+    def made(self, network: nn.Module, images: Tensor) -> MedianLabels:
+        """Labels of images, uint8 N×H×W×3, at the rule's size, by a network in eval mode."""
+        assert isinstance(network, Segmenter)
+        outputs = network(network_input(images, network.config.pixels))
+        width, height = self.size
+        first = height - round(self.ignore_bottom * height)
+        probabilities = upsample(outputs.fused(), (height, width)).float().softmax(1)[:, :, :first]
+        found = median_labels(probabilities, self.cap, published=self.published)
+        below = (0, 0, 0, height - first)
+        return MedianLabels(
+            functional.pad(found.label, below, value=IGNORE),
+            functional.pad(found.winner, below, value=IGNORE),
+            functional.pad(found.confidence, below),
+            found.thresholds,
+        )
+
+    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+        """See :class:`actors.protocols.LabelRule`; nothing of it is random."""
+        found = self.made(network, views[0])
+        labels, sure = found.label.cpu().numpy(), quantise(found.confidence).cpu().numpy()
+        winners = found.winner.to(torch.uint8).cpu().numpy()
+        return [
+            Labelled(
+                {"label": label, "confidence": confidence},
+                np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
+                confidence_histogram(winner, confidence, self.num_classes),
+            )
+            for label, confidence, winner in zip(labels, sure, winners, strict=True)
         ]

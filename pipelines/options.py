@@ -15,6 +15,7 @@ from actors.errors import RunError
 from pipelines.choices import check_choices
 from pipelines.recipes import recipe
 from pipelines.recipes.eplc import EplcOptions
+from pipelines.recipes.meta_pseudo_labels import MetaPseudoLabelsOptions
 from pipelines.recipes.mrnet import MrnetOptions
 from pipelines.recipes.proda import ProdaOptions
 from pipelines.recipes.rectified import RectifiedOptions
@@ -31,6 +32,7 @@ RECIPE_OPTIONS: dict[str, type[Any]] = {
     "rectified": RectifiedOptions,
     "mrnet": MrnetOptions,
     "proda": ProdaOptions,
+    "meta_pseudo_labels": MetaPseudoLabelsOptions,
 }
 """Fields of :class:`AdaptOptions` that hold the options of a recipe, and their types."""
 
@@ -93,7 +95,13 @@ class AdaptOptions(DataOptions):
     """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
 
     recipe: str = "eplc"
-    """Which system adapts: eplc, rectified, mrnet or proda."""
+    """Which system adapts: eplc, rectified, mrnet, proda or meta_pseudo_labels."""
+    teacher_network: str | None = None
+    """Network that the recipe trains: deeplab101, proda101, bisenet18 or bisenet101; on small presets the family's
+    small member of that name. Default: the recipe's own. mrnet, rectified and eplc need two heads, proda its own."""
+    student_network: str | None = None
+    """Another network that learns from the recipe's: in a stage of its own after those of the recipe, and as long, from
+    its labels; with meta_pseudo_labels, as the student of its last stage. It is what is scored. Default: none."""
     steps: int | None = None
     """Total optimiser steps, instead of the preset's; every stage keeps its share."""
     batch: int | None = None
@@ -110,10 +118,11 @@ class AdaptOptions(DataOptions):
     weights. flat: all parts alike, which suits random ones. auto: the preset's."""
     hard_pixels: float | None = None
     """Percentile of the supervised loss, and of the plain loss on pseudo labels, below which a pixel is left out
-    (hard-pixel mining); 0 learns from all. Default: 0, and 80 with --faithful, but for proda."""
+    (hard-pixel mining); 0 learns from all. Default: 0, and with --faithful 80, or 0 with proda
+    and meta_pseudo_labels."""
     rare_weight: float | None = None
     """Weight in every loss on labels of a class with few pixels in a batch, and again of one that is rarely in any.
-    Default: 2.5, and with --faithful 7, or 1 with proda."""
+    Default: 2.5, and with --faithful 7, or 1 with proda and meta_pseudo_labels."""
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
     """Whether the scales and shifts of the backbone's batch norms learn in MRNet's stage I. auto: train, and freeze
     with --faithful, which presumes a pretrained backbone. For proda there is --proda.warmup-norms."""
@@ -123,6 +132,8 @@ class AdaptOptions(DataOptions):
     init: str | None = None
     """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
     (of MRNet, EPLC or ProDA), a file in stages/ of a run, or a run directory. Default: random."""
+    student_init: str | None = None
+    """The same for the network of --student-network: a backbone, as a rule. Default: random."""
     from_stage: int = 1
     """First stage to run, of a run that starts from the weights of the stage before (--init). --steps and the preset
     go on counting the stages that are left out."""
@@ -173,6 +184,8 @@ class AdaptOptions(DataOptions):
     """Options of the recipe mrnet, which is also stage I of eplc and rectified."""
     proda: ProdaOptions = field(default_factory=ProdaOptions)
     """Options of the recipe proda."""
+    meta_pseudo_labels: MetaPseudoLabelsOptions = field(default_factory=MetaPseudoLabelsOptions)
+    """Options of the recipe meta_pseudo_labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,6 +214,8 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--from-stage {self.from_stage} needs --init with the weights of the stage before")
         if self.to_stage is not None and self.to_stage < self.from_stage:
             raise RunError(f"--to-stage is {self.to_stage}, before --from-stage {self.from_stage}; no stage would run")
+        if self.student_init is not None and self.student_network is None:
+            raise RunError("--student-init belongs to --student-network; give that, too, or --init")
         if self.held_out < 0:
             raise RunError(f"--held-out is {self.held_out}; give a number of images, or 0")
         chosen = getattr(self, self.recipe, None)

@@ -18,7 +18,8 @@ from actors.evaluator import Scorer
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from actors.showcase import Showcase
 from actors.watcher import Watcher
-from models.networks.build import Build
+from models.networks.build import NETWORKS, PUBLISHED, Build, Config, named_config
+from models.networks.segmenter import Heads
 from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_benchmark
 from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
@@ -27,11 +28,12 @@ from pipelines.pseudo_labels.given import check_given, with_given_labels
 from pipelines.pseudo_labels.table import Table
 from pipelines.recipes import recipe
 from pipelines.recipes.few_labels import with_few_labels
+from pipelines.recipes.light_student import with_light_student
 from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, preset
 from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
 from pipelines.views import input_of
-from pipelines.weights import check_initial, load_initial
+from pipelines.weights import check_initial, load_backbone, load_initial
 
 SMALLEST_CROP = 16
 WATCHED_IMAGES = 32
@@ -160,7 +162,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     """
     chosen = recipe(options.recipe)
     pair, open_data = choose_pair(options)
-    size = sized_preset(options, pair, chosen)
+    size, student = sized_preset(options, pair, chosen), student_config(options, pair)
     domains = open_data()
     if options.target_labels is not None:
         domains = domains.with_target_labels(options.target_labels)
@@ -174,11 +176,14 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         validation=_absolute(options.validation),
         target_labels=_absolute(options.target_labels),
         init=_absolute(options.init),
+        student_init=_absolute(options.student_init),
         pseudo_labels=_absolute(options.pseudo_labels),
     )
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
-    ingredients = _ingredients(options, chosen, pair, size, domains, cache, to_train)
+    ingredients = _ingredients(named, chosen, pair, size, domains, cache, to_train, student)
     stages = chosen.stages(ingredients, getattr(options, options.recipe))
+    if ingredients.student is not None and not chosen.own_student:
+        stages = with_light_student(stages, ingredients)
     for name in ("from_stage", "to_stage"):
         number = getattr(options, name)
         if number is not None and number > len(stages):
@@ -197,6 +202,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
             "--references always trains source-only and oracle from the same start, and a whole network that has been "
             "trained before would make neither of them what it is called; leave it out, or start from a backbone"
         )
+    _check_batches(options, network, stages)
     makes = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
@@ -228,6 +234,7 @@ def _ingredients(
     domains: Domains,
     cache: DecodeCache,
     to_train: bool,
+    student: Config | None,
 ) -> Ingredients:
     """What a recipe builds its stages from."""
     return Ingredients(
@@ -248,6 +255,9 @@ def _ingredients(
         from_stage=options.from_stage,
         to_train=to_train,
         regular=pair.regular,
+        student=student,
+        backbone=None if options.init is None else partial(load_backbone, options.init),
+        student_backbone=None if options.student_init is None else partial(load_initial, options.student_init),
         source=_opener(domains.source, options.seed, "source", cache),
         target=_opener(domains.target, options.seed, "target", cache),
         target_labelled=None
@@ -286,7 +296,10 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Pres
     Raises:
         RunError: there is no such preset, or what is asked for leaves too few steps or pixels.
     """
-    size = chosen.fitted(preset(options.resolved_preset, pair), pair)
+    own = getattr(options, options.recipe)
+    size = chosen.fitted(preset(options.resolved_preset, pair), pair, own, options.faithful)
+    if options.teacher_network is not None:
+        size = replace(size, network=_named_network("teacher", options.teacher_network, size, chosen.networks))
     if options.label_scale is not None:
         size = size.with_label_scale(options.label_scale)
     elif size.name == "full" and options.faithful and pair.shapes.published_labels is not None:
@@ -308,6 +321,52 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Pres
                 f"eighth pixel needs {SMALLEST_CROP}. Give a larger scale."
             )
     return size
+
+
+def student_config(options: AdaptOptions, pair: Benchmark) -> Config | None:
+    """The network of ``--student-network``; None where the recipe's own is all there is.
+
+    Raises:
+        RunError: there is no such network.
+    """
+    if options.student_network is None:
+        return None
+    size = preset(options.resolved_preset, pair)
+    return _named_network("student", options.student_network, size, tuple(NETWORKS))
+
+
+def _named_network(role: str, name: str, size: Preset, families: tuple[Heads, ...]) -> Config:
+    """A network by its name, in the size of a preset; one of the recipe's own family reads the same pixels.
+
+    Raises:
+        RunError: there is none, or it is of a family that the recipe cannot train.
+    """
+    try:
+        found = named_config(name, size.network.num_classes, small=size.name != "full")
+    except ValueError as error:
+        raise RunError(f"--{role}-network: {error}") from error
+    if found.heads not in families:
+        able = [known for known, config in PUBLISHED.items() if config.heads in families]
+        raise RunError(f"--{role}-network {name} is of a family that the recipe cannot train; give {' or '.join(able)}")
+    return replace(found, pixels=size.network.pixels) if found.heads == size.network.heads else found
+
+
+def _check_batches(options: AdaptOptions, network: Callable[[], nn.Module], stages: tuple[StagePlan, ...]) -> None:
+    """Refuse batches that leave a student fewer images than its network needs at a time.
+
+    Raises:
+        RunError: says which.
+    """
+    for stage in stages:
+        network = stage.network or network
+        needed = network.config.smallest_batch if isinstance(network, Build) else 1
+        share = stage.batch // options.students
+        if min(share, stage.norm_images or share) < needed:
+            raise RunError(
+                f"stage {stage.name} gives a student {share} images at a time and normalises "
+                f"{stage.norm_images or share} together, and its network's batch norms need {needed}; give a larger "
+                "--batch or --norm-images, or fewer --students"
+            )
 
 
 def wants_references(options: AdaptOptions) -> bool:
@@ -336,7 +395,15 @@ def _plan(
 
 
 def _references(options: AdaptOptions, size: Preset, ingredients: Ingredients, plan: RunPlan) -> dict[str, RunPlan]:
-    """Source-only and, where target labels exist, the oracle: same network, steps and batch."""
+    """Source-only and, where target labels exist, the oracle: same network, steps and batch.
+
+    A student of another network than its teacher's is compared with runs as long as its own stage.
+    """
+    student = ingredients.student is not None
+    seen, steps = ingredients.seen_by_student(), plan.total_steps
+    if student:
+        begun = max(index for index, stage in enumerate(plan.stages) if stage.network is not None or index == 0)
+        steps = sum(stage.steps for stage in plan.stages[begun:])
     domains = {"source_only": "source"}
     if ingredients.target_labelled is not None:
         domains["oracle"] = "target"
@@ -344,8 +411,8 @@ def _references(options: AdaptOptions, size: Preset, ingredients: Ingredients, p
         name: _plan(
             options,
             size,
-            Build(size.network),
-            reference_stages(ingredients, domain, plan.total_steps),
+            plan.network_of(len(plan.stages) - 1) if student else Build(size.network),
+            reference_stages(seen, domain, steps),
             Path(plan.folder) / "references" / name,
         )
         for name, domain in domains.items()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from actors.errors import RunError
-from pipelines.recipes import eplc, mrnet, proda, rectified
+from pipelines.recipes import eplc, meta_pseudo_labels, mrnet, proda, rectified
 from pipelines.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (eplc.RECIPE, rectified.RECIPE, mrnet.RECIPE, proda.RECIPE)
+    module.RECIPE.name: module.RECIPE for module in (eplc, rectified, mrnet, proda, meta_pseudo_labels)
 }
 
 

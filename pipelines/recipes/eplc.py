@@ -103,7 +103,7 @@ def stages(ingredients: Ingredients, options: EplcOptions) -> tuple[StagePlan, .
     return alignment_stage(ingredients), *rounds
 
 
-def fitted(preset: Preset, benchmark: Benchmark) -> Preset:
+def fitted(preset: Preset, benchmark: Benchmark, own: EplcOptions | None = None, faithful: bool = False) -> Preset:
     """At full size the published system trains its second stage for 100 000 steps."""
     one, two = preset.stages
     return replace(preset, stages=(one, replace(two, steps=FULL_STEPS))) if preset.name == "full" else preset

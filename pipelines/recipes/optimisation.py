@@ -61,12 +61,14 @@ class Rate:
         base: learning rate.
         warmup: steps of linear warm-up from a tenth of the base rate.
         horizon: step at which the rate would reach zero.
+        held: steps for which a rate is held, where it changes once an epoch.
     """
 
     base: float
     warmup: int
     horizon: int
+    held: int = 1
 
     def __call__(self, step: int) -> float:
         """Learning rate at a stage step."""
-        return self.base * warmup_poly(step, warmup=self.warmup, horizon=self.horizon)
+        return self.base * warmup_poly(step - step % self.held, warmup=self.warmup, horizon=self.horizon)

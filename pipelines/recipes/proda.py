@@ -23,6 +23,7 @@ from models.denoising import (
     Regulariser,
 )
 from models.networks.build import Build
+from models.networks.deeplab import DeepLabConfig
 from models.networks.proda import Proda
 from pipelines.benchmarks import Benchmark
 from pipelines.choices import check_choices, decided
@@ -348,6 +349,7 @@ def _denoising(ingredients: Ingredients, options: ProdaOptions) -> StagePlan:
 
 def _distillation(ingredients: Ingredients, options: ProdaOptions, number: int) -> StagePlan:
     preset = ingredients.preset
+    assert isinstance(preset.network, DeepLabConfig)
     begins_anew = number == 2 and (options.simclr is not None or options.extra_norm == "on")
     network = Build(replace(preset.network, extra_norm=True)) if begins_anew else None
     assert options.ignore_bottom is not None
@@ -381,8 +383,9 @@ def _distillation(ingredients: Ingredients, options: ProdaOptions, number: int) 
     )
 
 
-def fitted(preset: Preset, benchmark: Benchmark) -> Preset:
+def fitted(preset: Preset, benchmark: Benchmark, own: ProdaOptions | None = None, faithful: bool = False) -> Preset:
     """Four stages, one head that reads RGB, whole images at full size (methods §2.4 to §2.6)."""
+    assert isinstance(preset.network, DeepLabConfig)
     network = replace(
         preset.network,
         heads="proda",
@@ -430,5 +433,6 @@ RECIPE = Recipe(
     fitted=fitted,
     decide=decide,
     system="proda",
+    networks=("proda",),
     published_term=(0.0, 1.0),
 )

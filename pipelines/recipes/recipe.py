@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
+
 from actors.errors import RunError
 from actors.protocols import ImageReader, StagePlan, Stream, View
+from models.networks.build import Config
 from models.networks.deeplab import DeepLabConfig
 from models.networks.segmenter import Heads
 from pipelines.benchmarks import Benchmark, common_part
@@ -59,7 +62,7 @@ class Preset:
 
     Attributes:
         name: ``full``, ``mini`` or ``tiny``.
-        network: the segmentation network.
+        network: the segmentation network that the recipe trains.
         discriminator_width: channels of the discriminators' first layers.
         stages: schedules of the stages: of a recipe of its own number of them, or of stage I (alignment) and stage II
             (self-training), which most share.
@@ -67,6 +70,7 @@ class Preset:
         label_views: image sizes that a teacher looks at, each plain and mirrored.
         score_views: image sizes that are fused when a network is scored.
         score_mirrored: whether every scored view is also mirrored.
+        score_labels: size (width, height) to which labels are brought, to the nearest, before scoring; None: their own.
         rates: ``published`` gives heads, blocks and projections the multiplied rates of the published runs (Q-SH-1),
             which suit a pretrained backbone; ``flat`` lets every part of a random one learn alike.
         clip_norm: bound on the norm of the gradient; None for none.
@@ -77,7 +81,7 @@ class Preset:
     """
 
     name: str
-    network: DeepLabConfig
+    network: Config
     discriminator_width: int
     stages: tuple[StageSchedule, ...]
     label_size: Size
@@ -92,6 +96,7 @@ class Preset:
     publish_every: int
     evaluate_every: int
     checkpoint_every: int
+    score_labels: Size | None = None
 
     @property
     def total_steps(self) -> int:
@@ -184,6 +189,9 @@ class Ingredients:
         from_stage: the first stage that is run.
         to_train: False where only a run's data and network are wanted.
         regular: weight of ProDA's regulariser in the published runs.
+        student: the network that learns from the recipe's, where it is another one; None where they are one.
+        backbone: fills the backbone of a fresh network of the recipe; None leaves it random.
+        student_backbone: the same for the student's.
     """
 
     preset: Preset
@@ -207,6 +215,17 @@ class Ingredients:
     from_stage: int = 1
     to_train: bool = True
     regular: float = 0.1
+    student: Config | None = None
+    backbone: Callable[[nn.Module], None] | None = None
+    student_backbone: Callable[[nn.Module], None] | None = None
+
+    def seen_by_student(self) -> Ingredients:
+        """The same for stages that train the student's network, where it is another one."""
+        if self.student is None:
+            return self
+        return replace(
+            self, preset=replace(self.preset, network=self.student), backbone=self.student_backbone, student=None
+        )
 
     def norm_images_of(self, schedule: StageSchedule) -> int | None:
         """Images that batch norm sees together in a stage; None for all of a student's."""
@@ -223,10 +242,13 @@ class Recipe:
         stages: builds the stages from the ingredients and the recipe's own options.
         schedules: how many of the preset's stage schedules it runs; None for all.
         begins_with: recipes whose stages it begins with, and whose options count for them.
-        fitted: the preset of a benchmark as this recipe runs it.
+        fitted: the preset of a benchmark as this recipe runs it with its own options, faithfully or not.
         decide: the recipe's options with everything decided that the user left open.
         published_term: percentile of mining and weight of rare classes in the published system's supervised loss.
         system: the family of networks whose published files are scored as this recipe scores.
+        networks: families of networks that it can train.
+        own_student: whether one of its stages has a student beside its teacher; where not, a student of another network
+            than the recipe's learns in a stage after the recipe's own.
     """
 
     name: str
@@ -234,10 +256,12 @@ class Recipe:
     stages: Callable[[Ingredients, Any], tuple[StagePlan, ...]]
     schedules: int | None = None
     begins_with: tuple[str, ...] = ()
-    fitted: Callable[[Preset, Benchmark], Preset] = lambda preset, benchmark: preset
+    fitted: Callable[..., Preset] = lambda preset, benchmark, own, faithful: preset
     decide: Callable[[Any, Ingredients], Any] = lambda options, ingredients: options.resolved(ingredients.faithful)
     published_term: tuple[float, float] = PUBLISHED_TERM
     system: Heads | None = None
+    networks: tuple[Heads, ...] = ("mrnet",)
+    own_student: bool = False
 
 
 def preset(name: str, benchmark: Benchmark) -> Preset:

@@ -174,7 +174,7 @@ class SelfTrainingObjective:
             terms["loss/negative"] = self.negative * (main + AUX_WEIGHT * aux)
         return terms
 
-    def _plain(self, logits: Logits, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    def _plain(self, logits: Any, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """Steps 1 to 3 and 6 of stage I, on pseudo labels (methods §3.3, "MRNet+Pseudo"); weight 0 means no label."""
         labels = labels.masked_fill(weights == 0, IGNORE)
         terms = {"loss/pseudo": self.term.of_logits(logits, labels, self.target_balance)}
@@ -218,10 +218,10 @@ def _unpacked(planes: Tensor, num_classes: int) -> Tensor:
     return ((planes[:, :, None] >> bits) & 1).flatten(1, 2)[:, :num_classes].bool()
 
 
-def _halves(logits: Logits) -> tuple[Logits, Logits]:
-    """The first and the second half of a batch."""
-    (aux_one, aux_two), (main_one, main_two) = logits.aux.chunk(2), logits.main.chunk(2)
-    return Logits(aux_one, main_one), Logits(aux_two, main_two)
+def _halves(outputs: Any) -> tuple[Any, Any]:
+    """The first and the second half of a batch, of a named tuple of maps."""
+    one, two = zip(*(part.chunk(2) for part in outputs), strict=True)
+    return type(outputs)(*one), type(outputs)(*two)
 
 
 def self_training_stages(

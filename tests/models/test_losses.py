@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from models.losses import (
     ClassBalance,
     class_counts,
+    domain_loss,
     entropy_loss,
     memory_regularisation,
     negative_terms,
@@ -378,3 +379,16 @@ def test_negatives_of_another_size_are_refused():
     z = torch.from_numpy(Z_P)
     with pytest.raises(ValueError, match="do not fit logits"):
         negative_terms(Logits(z, z), torch.zeros(2, C, 1, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_the_domain_loss_and_its_gradient_equal_a_float64_loop(target):
+    torch.manual_seed(0)
+    scores = (3 * torch.randn(2, 1, 5, 7)).requires_grad_()
+    loss = domain_loss(scores, target=target)
+    loss.backward()
+    z = scores.detach().numpy().astype(np.float64)
+    p = 1 / (1 + np.exp(-z))
+    y = float(target)
+    assert loss.item() == pytest.approx(-(y * np.log(p) + (1 - y) * np.log(1 - p)).mean(), rel=1e-5)
+    np.testing.assert_allclose(scores.grad.numpy(), (p - y) / z.size, rtol=1e-5, atol=1e-9)

@@ -16,18 +16,22 @@ import torch
 from actors.errors import RunError
 from actors.label_view import LabelView, Transport
 from actors.labeller import own_device, prepare_torch
-from actors.protocols import RunPlan
+from actors.protocols import Reward, RunPlan
 from actors.publisher import Publisher
 from actors.student import Student
 
 
 @dataclass(frozen=True)
 class Handles:
-    """Actor handles that a student gets; ``bank`` and ``run_log`` may be missing (reference runs)."""
+    """Actor handles that a student gets; all may be missing (reference runs)."""
 
     board: Any = None
     bank: Any = None
     run_log: Any = None
+    labelling: Any = None
+    """The board from which labels are made, where it is another one than the evaluator's."""
+    rewards: Any = None
+    """The reward board, where a teacher learns."""
     label_rows: Mapping[int, int] = field(default_factory=dict)
     """Images in a label block, by stage."""
 
@@ -41,7 +45,7 @@ class ClusterLink:
         self.plan, self.handles, self.rank = plan, handles, rank
         self.inside_train, self.suffix = inside_train, f":{name}" if name else ""
         lead = rank == 0 and handles.board is not None
-        self.publisher = Publisher(handles.board, handles.bank) if lead else None
+        self.publisher = Publisher(handles.board, handles.bank, handles.labelling) if lead else None
         self._stop = False
         self._asked: Any = None
         self._asked_at = 0.0
@@ -85,6 +89,20 @@ class ClusterLink:
             return dict(ray.get(self.handles.bank.index.remote(), timeout=10))
         except ray.exceptions.RayError:
             return {}
+
+    def begin_teaching(self, stage: int, first_step: int, step: int) -> None:
+        """Tell the reward board."""
+        if self.handles.rewards is not None:
+            self.handles.rewards.begin.remote(stage, first_step, step)
+
+    def send(self, reward: Reward) -> None:
+        """Hang it on the reward board."""
+        if self.handles.rewards is not None:
+            self.handles.rewards.post.remote(reward)
+
+    def reward(self) -> Reward | None:
+        """A student is not rewarded."""
+        return None
 
     def report(self, numbers: dict[str, Any]) -> None:
         """Report to Ray Train, where this runs inside it."""

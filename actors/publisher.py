@@ -89,14 +89,25 @@ class TeachingNetwork:
 class Publisher:
     """Puts weights into the object store in a thread and hangs them on the board; rank 0 only."""
 
-    def __init__(self, board: Any, bank: Any | None) -> None:
+    def __init__(self, board: Any, bank: Any | None, labelling: Any | None = None) -> None:
         self.board, self.bank = board, bank
+        self.labelling = board if labelling is None else labelling
+        """The board from which labels are made; another one where a teacher that learns publishes, too."""
         self.version: int | None = None
         self.failures = 0
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
 
-    def publish(self, version: int, network: nn.Module, *, pin: bool, student: nn.Module | None = None) -> None:
+    def publish(
+        self,
+        version: int,
+        network: nn.Module,
+        *,
+        pin: bool,
+        student: nn.Module | None = None,
+        shown: bool = True,
+        labels: bool = True,
+    ) -> None:
         """Publish a network as it is now; returns at once.
 
         Args:
@@ -104,15 +115,19 @@ class Publisher:
             network: read before this returns.
             pin: keep the version alive until another is pinned.
             student: published beside it, for whoever compares the two.
+            shown: hang it where the evaluator looks.
+            labels: hang it where labels are made from.
         """
         weights = [_on_host(module) for module in (network, student) if module is not None]
         self.flush()
         self.version = version
-        self._pending = self._pool.submit(self._put, version, weights, pin)
+        wanted = ((self.board, shown), (self.labelling, labels))
+        boards = list(dict.fromkeys(board for board, here in wanted if here))
+        self._pending = self._pool.submit(self._put, boards, version, weights, pin)
 
     def rewind(self, step: int) -> None:
         """Tell board and bank that the student stands at an earlier step than they may have seen."""
-        for board in (self.board, self.bank):
+        for board in dict.fromkeys((self.board, self.labelling, self.bank)):
             try:
                 if board is not None:
                     ray.get(board.rewind.remote(step))
@@ -129,8 +144,9 @@ class Publisher:
         except ray.exceptions.RayError:  # a board that is just restarting: the next version will hang there
             self.failures += 1
 
-    def _put(self, version: int, weights: list[dict[str, np.ndarray]], pin: bool) -> None:
-        ray.get(self.board.publish.remote(version, [ray.put(item) for item in weights], pin))
+    def _put(self, boards: list[Any], version: int, weights: list[dict[str, np.ndarray]], pin: bool) -> None:
+        references = [ray.put(item) for item in weights]
+        ray.get([board.publish.remote(version, references, pin) for board in boards])
 
 
 def _on_host(module: nn.Module) -> dict[str, np.ndarray]:

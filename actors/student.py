@@ -28,6 +28,7 @@ from actors.protocols import (
     Objective,
     ObjectiveContext,
     RawBatch,
+    Reward,
     RunPlan,
     StagePlan,
     StepInfo,
@@ -70,6 +71,18 @@ class Link(Protocol):
 
     def report(self, numbers: dict[str, Any]) -> None:
         """Report to Ray Train: a barrier, so every rank calls it at the same steps."""
+        ...
+
+    def begin_teaching(self, stage: int, first_step: int, step: int) -> None:
+        """Tell a teacher that learns that its stage begins, or goes on; never blocks."""
+        ...
+
+    def send(self, reward: Reward) -> None:
+        """Tell that teacher how its student fares; never blocks."""
+        ...
+
+    def reward(self) -> Reward | None:
+        """What such a teacher last heard; never blocks."""
         ...
 
 
@@ -417,9 +430,11 @@ class Student:
             self._checkpoint(stage, now=True)
         else:
             self._good = self.step, snapshot(self._trained(stage))
-        if plan.labelled_by == "before":
+        if plan.labelled_by in ("before", "teacher"):
             self._publish_before(stage)
-        if plan.labelled_by == "teaching" or self.step > first_step:
+        if plan.teacher is not None and self.lead:
+            self.link.begin_teaching(index, first_step, self.step)
+        if plan.labelled_by != "before" or self.step > first_step:
             self._publish(stage, pin=self.step == first_step)
         if plan.labels is not None:
             stage.view = self.link.view(index, first_step)
@@ -467,6 +482,7 @@ class Student:
             before,
             partial(self._as_student, plan),
             fresh,
+            self.link.reward,
         )
 
     def _position(self, index: int, first_step: int) -> int:
@@ -492,14 +508,16 @@ class Student:
         if not _all_finite(network.state_dict()):
             return  # the last good version stays the newest; what is wrong is said when the losses are looked at
         compared = self.network if self.plan.evaluate_every and stage.plan.ema_decay is not None else None
-        self.link.publisher.publish(self.step, network, pin=pin, student=compared)
+        labels = stage.plan.teacher is None
+        self.link.publisher.publish(self.step, network, pin=pin, student=compared, labels=labels)
         if pin:
             self.link.publisher.flush()
 
     def _publish_before(self, stage: StageState) -> None:
-        """Hang out the network of the stage before as the first version of this one, and keep it there."""
+        """Hang out the network of the stage before as the first version of this one that labels, and keep it there."""
         if self.lead and self.link.publisher is not None and stage.before is not None:
-            self.link.publisher.publish(stage.first_step, stage.before, pin=True)
+            shown = stage.plan.teacher is None
+            self.link.publisher.publish(stage.first_step, stage.before, pin=True, shown=shown)
             self.link.publisher.flush()
 
     def _checkpoint(self, stage: StageState, now: bool) -> None:
@@ -569,6 +587,14 @@ class Student:
                 **summary,
             }
             self.link.write("train", self.step, numbers)
+            if stage.plan.reward:
+                self._send_reward(stage, dict(zip(names, means, strict=True)), ages["p50"])
+
+    def _send_reward(self, stage: StageState, means: dict[str, float], age: int | None) -> None:
+        """Tell the teacher what the student's losses were on labels of which weights; nothing without labels."""
+        if age is not None:
+            terms = {name: means[name] for name in stage.plan.reward}
+            self.link.send(Reward(self.step, self.step - stage.first_step, self.step - age, terms))
 
     def _keep_finite(self, stage: StageState) -> None:
         """Go back if the weights are broken; their loss was looked at before the step that broke them."""

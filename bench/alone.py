@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from actors.labeller import Networks, label_seed
-from actors.protocols import ImageReader, LabelPlan, RawBatch, RunPlan, StagePlan, Stream, View
+from actors.protocols import ImageReader, LabelPlan, RawBatch, Reward, RunPlan, StagePlan, Stream, View
 from actors.student import Student
 from pipelines.blocks import read_block
 from pipelines.setup import Setup
@@ -53,7 +53,7 @@ class Shelf:
         self.versions: deque[tuple[int, Weights]] = deque()
         self.newest: Weights = {}
 
-    def publish(self, version: int, network: nn.Module, *, pin: bool, student: nn.Module | None = None) -> None:
+    def publish(self, version: int, network: nn.Module, *, pin: bool, **more: Any) -> None:
         """Keep a copy; a pinned version begins a stage, which labels with nothing older."""
         self.newest = {name: tensor.detach().numpy().copy() for name, tensor in network.state_dict().items()}
         if pin:
@@ -171,6 +171,16 @@ class AloneLink:
     def bank_index(self) -> dict[str, Any]:
         """There is no bank."""
         return {}
+
+    def begin_teaching(self, stage: int, first_step: int, step: int) -> None:
+        """No teacher learns."""
+
+    def send(self, reward: Reward) -> None:
+        """Nobody hears of it."""
+
+    def reward(self) -> Reward | None:
+        """None comes."""
+        return None
 
     def report(self, numbers: dict[str, Any]) -> None:
         """Nobody waits."""

@@ -66,7 +66,9 @@ class WatchedShelf(Shelf):
         self.looks, self.watcher, self.source = looks, watcher, source
         self.seen: list[dict[str, Any]] = []
 
-    def publish(self, version: int, network: nn.Module, *, pin: bool, student: nn.Module | None = None) -> None:
+    def publish(
+        self, version: int, network: nn.Module, *, pin: bool, student: nn.Module | None = None, **more: Any
+    ) -> None:
         """See :class:`bench.alone.Shelf`."""
         super().publish(version, network, pin=pin, student=student)
         if version in self.looks:

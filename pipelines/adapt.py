@@ -22,8 +22,10 @@ from actors.crew import Crew
 from actors.errors import RunError, UnreadableImage
 from actors.label_bank import LabelBank
 from actors.link import Handles, last_line, train_alone, train_here, train_loop
+from actors.reward_board import RewardBoard
 from actors.run_log import RunLog
 from actors.showcase import Shown
+from actors.trainable_teacher import TrainableTeacher
 from actors.weight_board import WeightBoard
 from pipelines import cluster
 from pipelines.cluster import HEAD, Shares, actor_options
@@ -40,6 +42,9 @@ from pipelines.trained import check_same_classes, describe
 WATCH_SECONDS = 0.5
 MAX_RESTARTS = 3
 """How often Ray Train starts dead students again before it gives up."""
+
+SECONDS_TO_SAVE = 30.0
+"""How long a teacher that learns may take to save itself when its student has ended."""
 
 SUMS = ("labels_made", "teacher_failures")
 """Counters of the bank that start at zero with it; the run's go on."""
@@ -103,7 +108,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False, manner: 
     url = cluster.start(setup.options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
-    parts = cluster.shares(setup.options, cluster.total_resources())
+    parts = cluster.shares(setup.options, cluster.total_resources(), setup.learners)
     write_config(setup.options)
     describe(setup)
     run = Run(setup, parts, watch, seconds, given, manner)
@@ -184,7 +189,15 @@ class Run:
         """Whether the students may wait for labels before their first step."""
         run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD)
         self.run_log = run_log.remote(setup.plan.folder, events=not manner.brief)
-        self.board = ray.remote(WeightBoard).options(num_cpus=0, max_restarts=-1, resources=HEAD).remote()
+        board = {"num_cpus": 0, "max_restarts": -1, "resources": HEAD}
+        self.board = ray.remote(WeightBoard).options(**board).remote()
+        self.labelling, self.rewards = self.board, None
+        if setup.learners:  # whoever labels reads what the teacher publishes, and the evaluator what the student does
+            self.labelling = ray.remote(WeightBoard).options(**board).remote()
+            self.rewards = ray.remote(RewardBoard).options(**board).remote()
+        self.learner: Any = None
+        self.learning: Any = None
+        """The teacher that learns, and its work."""
         # Kept, because an actor that restarts needs its arguments again. A short list travels by value: Ray prints a
         # warning for every reference among the arguments.
         images = len(setup.domains.target)
@@ -247,7 +260,7 @@ class Run:
                 {stage: plan.for_bank() for stage, plan in setup.labels.items()},
                 len(setup.domains.target),
                 setup.label_rows(),
-                self.board,
+                self.labelling,
                 folder=f"{setup.plan.folder}/labels",
                 given=given,
             )
@@ -279,9 +292,15 @@ class Run:
                 self.reader,
                 setup.labels,
                 plan.seed,
-                self.board,
+                self.labelling,
                 setup.options.threads,
             )
+        if self.rewards is not None:
+            kind = ray.remote(TrainableTeacher).options(
+                max_restarts=-1, max_task_retries=-1, max_concurrency=2, **actor_options(self.shares.teacher)
+            )
+            self.learner = kind.remote(plan, self.labelling, self.rewards, self.run_log, setup.options.threads)
+            self.learning = self.learner.run.remote()
         self.evaluator = self.crew.evaluator(
             actor_options(self.shares.evaluator),
             None if setup.domains.validation is None else setup.make_scorer(),
@@ -300,7 +319,9 @@ class Run:
         setup = self.setup
         began = time.monotonic()
         self._reopen_round()
-        handles = Handles(self.board, self.bank, self.run_log, setup.label_rows())
+        handles = Handles(
+            self.board, self.bank, self.run_log, self.labelling, self.rewards, label_rows=setup.label_rows()
+        )
         self.watch("phase", {"name": "adapt", "text": "adapting", "steps": setup.plan.total_steps})
         train = self._train_here if self.manner.student_here else self._train_with_ray_train
         value: dict[str, Any] = self._watched(lambda: train(handles), interrupt)
@@ -374,7 +395,7 @@ class Run:
         if "train" in seen["newest"] or (self.labels_first and "student" in seen["newest"]):
             self._start_helpers()
             self._score_now_and_then()
-        failure = seen["failure"] or self.teacher_status.get("fatal")
+        failure = seen["failure"] or self.teacher_status.get("fatal") or self._learner_failure()
         if failure:
             raise RunError(failure)
         self.watch("progress", {**seen["newest"], "teachers": self.teacher_status})
@@ -433,7 +454,29 @@ class Run:
             text = f"labels are made again after the resume ({index.get('images', 0)} had been made)"
             self.watch("message", {"text": text})
 
+    def _learner_failure(self) -> str | None:
+        """Why the teacher that learns has given up; None while it has not. A dead one starts again by itself."""
+        if self.learning is None or not ray.wait([self.learning], timeout=0)[0]:
+            return None
+        try:
+            ray.get(self.learning)
+        except ray.exceptions.RayTaskError as error:
+            return f"the teacher that learns: {last_line(error)}"
+        except ray.exceptions.RayError:
+            self.learning = self.learner.run.remote()
+        return None
+
+    def _retire_learner(self) -> None:
+        """Let the teacher that learns save itself, and send it home."""
+        if self.learner is None:
+            return
+        self.learner.stop.remote()
+        ray.wait([self.learning], timeout=SECONDS_TO_SAVE)
+        ray.kill(self.learner)
+        self.learner = self.learning = None
+
     def _retire_teachers(self) -> None:
+        self._retire_learner()
         if self.bank is not None:
             ray.kill(self.bank)
         self.crew.dismiss(self.teachers)
@@ -505,7 +548,8 @@ class Run:
         return found, label_free, shown
 
     def _end(self) -> None:
-        for actor in (self.bank, self.board, self.run_log):
+        own = (self.learner, self.bank, self.board, self.labelling, self.rewards, self.run_log)
+        for actor in dict.fromkeys(own):
             if actor is not None:
                 ray.kill(actor)
         self.crew.dismiss([*self.teachers, *([] if self.evaluator is None else [self.evaluator])])

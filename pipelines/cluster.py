@@ -58,36 +58,38 @@ def start(options: AdaptOptions) -> str | None:
     return f"http://{context.dashboard_url}" if options.dashboard else None
 
 
-def shares(options: AdaptOptions, resources: dict[str, float]) -> Shares:
+def shares(options: AdaptOptions, resources: dict[str, float], learners: int = 0) -> Shares:
     """Divide a cluster's resources.
 
     Args:
         options: how many students and teachers there shall be.
         resources: what the cluster has in all, or can grow to.
+        learners: teachers that learn, beside those that label.
 
     Raises:
         RunError: they can never fit, whatever else ends.
     """
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    needed = options.students * options.threads + options.teachers * TEACHER_CPUS + DATA_CPUS + EVALUATOR_CPUS
+    teachers = options.teachers + learners
+    needed = options.students * options.threads + teachers * TEACHER_CPUS + DATA_CPUS + EVALUATOR_CPUS
     if needed > cpus:
         raise RunError(
-            f"{options.students} students with {options.threads} threads and {options.teachers} teachers need "
+            f"{options.students} students with {options.threads} threads and {teachers} teachers need "
             f"{needed:g} CPUs, and this cluster has {cpus:g} and will never have more. "
             "Use fewer --students, --teachers or --threads, or a larger cluster (--address)."
         )
     teacher, evaluator = {"CPU": TEACHER_CPUS}, {"CPU": EVALUATOR_CPUS}
     student: dict[str, float] = {"CPU": float(options.threads)}
     if gpus >= 1:
-        on_one = -(-(options.students + options.teachers) // int(gpus))
+        on_one = -(-(options.students + teachers) // int(gpus))
         part = 1.0 if on_one == 1 else math.floor(900 / on_one) / 1000
         if on_one > 8:
             raise RunError(
-                f"{options.students} students and {options.teachers} teachers would be {on_one} to a GPU on "
+                f"{options.students} students and {teachers} teachers would be {on_one} to a GPU on "
                 f"{int(gpus)} GPUs; use fewer of them, or a larger cluster (--address)"
             )
         student["GPU"], teacher["GPU"] = part, part
-        if on_one > 1 or gpus > options.students + options.teachers:
+        if on_one > 1 or gpus > options.students + teachers:
             evaluator["GPU"] = 0.1
     return Shares(student, teacher, evaluator)
 

@@ -81,6 +81,11 @@ class Setup:
         return {i: stage.labels for i, stage in enumerate(self.plan.stages) if stage.labels is not None}
 
     @property
+    def learners(self) -> int:
+        """Teachers that learn beside the student: one serves all stages."""
+        return int(any(stage.teacher is not None for stage in self.plan.stages))
+
+    @property
     def target_reader(self) -> SplitReader:
         """Target images without labels, for teachers and AdaBN."""
         return SplitReader(self.domains.target, self.cache)

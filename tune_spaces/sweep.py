@@ -96,7 +96,7 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     url = cluster.start(options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
-    teachers = options.teachers if setup.labels and options.pseudo_labels is None else 0
+    teachers = options.teachers + setup.learners if setup.labels and options.pseudo_labels is None else 0
     room = Room.of(options, cluster.total_resources(), teachers)
     watch("message", {"text": room.sentence})
     if not resume:

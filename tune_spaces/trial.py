@@ -107,7 +107,7 @@ class TrialRun:
         done = Path(setup.plan.folder) / "results.json"
         if done.is_file():  # the sweep ended before it heard of it
             return self._last(json.loads(done.read_text(encoding="utf-8")))
-        parts = cluster.shares(setup.options, cluster.total_resources())
+        parts = cluster.shares(setup.options, cluster.total_resources(), setup.learners)
         write_config(setup.options)
         describe(setup)
         manner = Manner(

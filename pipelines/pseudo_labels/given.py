@@ -55,11 +55,16 @@ def with_given_labels(stages: tuple[StagePlan, ...]) -> tuple[StagePlan, ...]:
                 f"the pseudo labels of this stage have {', '.join(sorted(wanted))}, and files hold label and "
                 "confidence; leave --pseudo-labels out, or run a stage that needs no more of them (--from-stage)"
             )
-    return tuple(replace(stage, labels=_as_given(stage.labels)) for stage in stages)
+    return tuple(_as_given(stage) for stage in stages)
 
 
-def _as_given(plan: LabelPlan | None) -> LabelPlan | None:
-    return None if plan is None else replace(plan, policy=StalenessPolicy(refresh="once"), selection=None)
+def _as_given(stage: StagePlan) -> StagePlan:
+    if stage.labels is None:
+        return stage
+    labels = replace(stage.labels, policy=StalenessPolicy(refresh="once"), selection=None)
+    if stage.teacher is not None:  # whose labels would it learn from?
+        stage = replace(stage, teacher=None, labelled_by="teaching", reward=())
+    return replace(stage, labels=labels)
 
 
 def check_given(path: str, target: Split, classes: tuple[str, ...]) -> Table:

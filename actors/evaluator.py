@@ -19,8 +19,15 @@ from actors.showcase import Showcase, Shown
 from actors.watcher import Watcher
 from models.networks.segmenter import Segmenter
 from models.networks.statistics import adapt_batch_norm
-from models.scores import ConfusionMatrix, protocol_means
-from models.uncertainty import mean_probabilities, trunk_views
+from models.scores import (
+    ConfusionMatrix,
+    absent_as_zero_means,
+    accuracy,
+    accuracy_ignored_wrong,
+    nearest,
+    protocol_means,
+)
+from models.uncertainty import View, mean_probabilities, trunk_views
 
 Size = tuple[int, int]
 
@@ -51,6 +58,7 @@ class Scorer:
         num_classes: C.
         protocols: class indices by protocol name; the first is the primary one.
         device: where the network runs.
+        label_size: (width, height) to which labels are brought before they are scored on, nearest; None for their own.
     """
 
     def __init__(
@@ -63,11 +71,13 @@ class Scorer:
         num_classes: int,
         protocols: Mapping[str, Sequence[int]],
         device: torch.device,
+        label_size: Size | None = None,
     ) -> None:
         self.networks = Networks(network, device)
         self.network = self.networks.first
         self.reader, self.prepare, self.views, self.mirrored = reader, prepare, tuple(views), mirrored
         self.num_classes, self.protocols, self.device = num_classes, dict(protocols), device
+        self.label_size = label_size
 
     def score(
         self, weights: Mapping[str, np.ndarray], see: Callable[[int, Tensor, Tensor], None] | None = None
@@ -79,35 +89,57 @@ class Scorer:
             see: told (index, prediction int64 H×W, label uint8 H×W) of every image.
 
         Returns:
-            ``{"miou", "per_class", "protocols", "images", "confusion"}``, IoU in percent, None for a class that occurs
-            nowhere; the confusion matrix as pixel counts, a row a class of the labels, a column a predicted class.
+            ``{"miou", "per_class", "protocols", "absent_as_zero", "accuracy", "accuracy_ignored_wrong", "images",
+            "confusion"}``: shares in percent, IoU None for a class that occurs nowhere. ``protocols`` leaves such a
+            class out and ``absent_as_zero`` is BiSeNet's mean. ``accuracy`` is of all labelled pixels together,
+            ``accuracy_ignored_wrong`` the mean over images of the share of all pixels, as BiSeNet's is. The confusion
+            matrix has pixel counts, a row a class of the labels, a column a predicted class.
 
         Raises:
             UnreadableImage: a validation file is broken: a score over fewer images would be another score.
         """
+        return self.score_at([self.label_size], weights, see)[0]
+
+    def score_at(
+        self,
+        label_sizes: Sequence[Size | None],
+        weights: Mapping[str, np.ndarray],
+        see: Callable[[int, Tensor, Tensor], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Score one set of weights on labels of several sizes; every image is looked at once.
+
+        Args:
+            label_sizes: see ``label_size`` of the class.
+            weights: of the network.
+            see: told of every image at the first of the sizes, see :meth:`score`.
+
+        Returns:
+            What :meth:`score` returns, a size.
+        """
         self.network = self.networks.load(weights)
-        matrix = ConfusionMatrix(self.num_classes)
+        tallies = [_Tally(self.num_classes) for _ in label_sizes]
         for index in range(len(self.reader)):
-            label = torch.from_numpy(np.array(self.reader.label(index)))
-            prediction = self.predict(index, (label.shape[0], label.shape[1]))
-            matrix.update(prediction, label)
-            if see is not None:
-                see(index, prediction, label)
-        per_class = matrix.iou() * 100
-        means = protocol_means(per_class, self.protocols)
-        return {
-            "miou": next(iter(means.values())),
-            "per_class": [None if math.isnan(v) else round(v, 3) for v in per_class.tolist()],
-            "protocols": means,
-            "images": len(self.reader),
-            "confusion": matrix.matrix.tolist(),
-        }
+            given = torch.from_numpy(np.array(self.reader.label(index)))
+            views = self._views(index)
+            for number, (size, tally) in enumerate(zip(label_sizes, tallies, strict=True)):
+                label = given if size is None else nearest(given, size[::-1])
+                prediction = self._classes(views, (label.shape[0], label.shape[1]))
+                tally.count(prediction, label)
+                if see is not None and number == 0:
+                    see(index, prediction, label)
+        return [tally.score(self.protocols) for tally in tallies]
 
     def predict(self, index: int, size: tuple[int, int]) -> Tensor:
         """Classes of one image at a label's (height, width), int64 on the CPU."""
+        return self._classes(self._views(index), size)
+
+    def _views(self, index: int) -> list[View]:
         inputs = [self._seen(self.reader.read(index, view)[None]) for view in self.views]
         assert isinstance(self.network, Segmenter)
-        views = trunk_views(self.network, inputs, mirror=self.mirrored)
+        return trunk_views(self.network, inputs, mirror=self.mirrored)
+
+    def _classes(self, views: Sequence[View], size: tuple[int, int]) -> Tensor:
+        assert isinstance(self.network, Segmenter)
         return mean_probabilities(self.network, views, None, size)[0].argmax(0).cpu()
 
     def with_statistics_of(
@@ -139,6 +171,40 @@ class Scorer:
     def _seen(self, images: np.ndarray) -> Tensor:
         """uint8 N×H×W×3 RGB as the network of the hour reads it."""
         return self.prepare(torch.from_numpy(np.array(images)).to(self.device), self.network)
+
+
+class _Tally:
+    """What is counted of a validation set at one size of its labels.
+
+    Args:
+        num_classes: C.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.matrix = ConfusionMatrix(num_classes)
+        self.strict: list[float] = []
+        """Accuracy of every image, ignored pixels wrong."""
+
+    def count(self, prediction: Tensor, label: Tensor) -> None:
+        """Count one image, (H, W) classes and (H, W) labels."""
+        self.matrix.update(prediction, label)
+        self.strict.append(accuracy_ignored_wrong(prediction, label))
+
+    def score(self, protocols: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """See :meth:`Scorer.score`."""
+        matrix = self.matrix.matrix
+        per_class = self.matrix.iou() * 100
+        means = protocol_means(per_class, protocols)
+        return {
+            "miou": next(iter(means.values())),
+            "per_class": [None if math.isnan(v) else round(v, 3) for v in per_class.tolist()],
+            "protocols": means,
+            "absent_as_zero": {name: 100 * mean for name, mean in absent_as_zero_means(matrix, protocols).items()},
+            "accuracy": 100 * accuracy(matrix),
+            "accuracy_ignored_wrong": 100 * float(np.mean(self.strict)),
+            "images": len(self.strict),
+            "confusion": matrix.tolist(),
+        }
 
 
 class Evaluator:

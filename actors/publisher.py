@@ -91,12 +91,16 @@ class Publisher:
 
     def __init__(self, board: Any, bank: Any | None, labelling: Any | None = None) -> None:
         self.board, self.bank = board, bank
-        self.labelling = board if labelling is None else labelling
-        """The board from which labels are made; another one where a teacher that learns publishes, too."""
+        self._labelling = labelling
         self.version: int | None = None
         self.failures = 0
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
+
+    @property
+    def labelling(self) -> Any:
+        """The board from which labels are made; another one where a teacher that learns publishes, too."""
+        return self.board if self._labelling is None else self._labelling
 
     def publish(
         self,

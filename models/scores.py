@@ -1,7 +1,7 @@
-"""Scores over a whole set: confusion matrix, IoU per class, protocol means, share of the gap closed.
+"""Scores over a whole set: confusion matrix, IoU per class, protocol means, accuracies, share of the gap closed.
 
-A class that occurs in neither ground truth nor prediction has IoU NaN and does not enter a mean. Sizes that
-differ are an error, never skipped. Methods 2.3.
+A class that occurs in neither ground truth nor prediction has IoU NaN and does not enter a mean; the published means in
+which it counts as 0 have names of their own. Sizes that differ are an error, never skipped. Methods 2.3.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 IGNORE = 255
+EPSILON = 1e-5
+"""BiSeNet's addition to the denominator of an IoU."""
 
 
 class ConfusionMatrix:
@@ -88,6 +90,54 @@ def protocol_means(per_class: Tensor | Sequence[float], protocols: Mapping[str, 
     three absent classes counts as an error.
     """
     return {name: mean_iou(per_class, classes) for name, classes in protocols.items()}
+
+
+def absent_as_zero_means(
+    matrix: Tensor, protocols: Mapping[str, Sequence[int]], epsilon: float = EPSILON
+) -> dict[str, float]:
+    """BiSeNet's plain mean of every protocol: IoU_c = M_cc / (row_c + column_c - M_cc + epsilon) over all its classes.
+
+    A class that occurs nowhere counts as 0 there, and is left out of :func:`protocol_means`.
+    """
+    m = matrix.to(torch.float64)
+    hit = m.diagonal()
+    per_class = hit / (m.sum(dim=0) + m.sum(dim=1) - hit + epsilon)
+    return {name: mean_iou(per_class, classes) for name, classes in protocols.items()}
+
+
+def accuracy(matrix: Tensor) -> float:
+    """Share of the labelled pixels of a set whose class is right; NaN without any."""
+    m = matrix.to(torch.float64)
+    return float(m.diagonal().sum() / m.sum())
+
+
+def accuracy_ignored_wrong(prediction: Tensor, label: Tensor) -> float:
+    """Share of all pixels of an image whose class is right, where an ignored one never is (Q-BI-5).
+
+    Its mean over the images of a set is what BiSeNet's published tables call precision.
+
+    Args:
+        prediction: integer classes, any shape.
+        label: integer ground truth of the same shape, 255 ignored.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if prediction.shape != label.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and label {tuple(label.shape)} have different sizes")
+    return float((prediction == label).double().mean())
+
+
+def nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """A label (H, W) at another size (height, width): of every new pixel the old one under its centre.
+
+    As Pillow resizes; but it adds up fractions, and where a centre lies between two pixels its rounding may decide.
+    """
+    rows, columns = (
+        (2 * torch.arange(wanted, device=label.device) + 1) * given // (2 * wanted)
+        for wanted, given in zip(size, label.shape, strict=True)
+    )
+    return label[rows[:, None], columns]
 
 
 def gap_closed(adapted: float, source_only: float, oracle: float | None) -> float | None:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.checkpoints import STAGES
 from actors.errors import RunError
 from actors.evaluator import Scorer
 from models.networks.build import Build, Config
-from models.networks.layouts import described, is_whole_network
+from models.networks.layouts import BISENET_COPY, described, is_whole_network, strip_parallel
+from models.networks.segmenter import Pixels
 from models.scores import ConfusionMatrix, mean_iou
 from pipelines import pictures
 from pipelines.benchmarks import benchmark
@@ -28,12 +30,15 @@ from pipelines.options import AdaptOptions
 from pipelines.recipes import RECIPES
 from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
 from pipelines.setup import Setup, resolve
-from pipelines.trained import check_fits, check_same_classes
+from pipelines.trained import FILE, check_fits, check_same_classes, read_description
+from pipelines.views import PIXELS
 from pipelines.weights import check_initial, load_initial, newest_weights, read_weights
 
 WORST = 10
 WORST_SIDE = 480
 """Longer side of a picture in the row of an overlay, in pixels."""
+PUBLISHED_PIXELS: Pixels = "bgr_city"
+"""What published BiSeNets read of Cityscapes (Q-BI-4); its files do not say so."""
 COLUMNS = ("image", "class", "iou", "label_pixels", "predicted_pixels", "shared_pixels")
 
 
@@ -57,7 +62,7 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     path = folder / "results.json"
     known: dict[str, Any] = json.loads(path.read_text())["scores"] if path.is_file() else {}
     scores = {row: known.get(row) for row in ROW_NAMES}
-    scores["adapted"] = _scored(setup, scorer, weights, folder / "evaluation")
+    scores["adapted"], *also = _scored(setup, scorer, weights, folder / "evaluation")
     return {
         "benchmark": setup.benchmark.name,
         "recipe": options.recipe,
@@ -66,49 +71,80 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
         "protocol": protocol(setup),
         "class_names": list(setup.benchmark.classes.names),
         "scores": scores,
+        "also": also,
         "step": step,
     }
 
 
-def score_file(path: str, data: Mapping[str, Any], out: str) -> dict[str, Any]:
+def score_file(path: str, data: Mapping[str, Any], out: str, pixels: Pixels | None = None) -> dict[str, Any]:
     """Score a whole network in a published layout, in the published protocol of its system and of a benchmark.
 
     What is in the file decides: a network with one head is ProDA's, which sees whole images once; the outputs of its
-    classifier are the classes.
+    classifier are the classes. A system that scores on labels of a size of its own (BiSeNet) is scored so, and under
+    ``also`` on labels as they are, as the others do (Q-BI-10).
 
     Args:
         path: of the file; see :func:`pipelines.weights.read_weights`.
         data: fields of :class:`pipelines.options.DataOptions`.
         out: folder for what :func:`rescore` writes beside the scores.
+        pixels: what the network reads, of :data:`pipelines.views.PIXELS`; None to see for oneself, as
+            :func:`_pixels_of` does.
 
     Raises:
         RunError: it cannot be read, is of another network, of classes that the benchmark does not have, or a backbone
-            alone; or the results cannot be written.
+            alone; there are no such pixels; or the results cannot be written.
         DataError: the data are not where or what they should be.
     """
+    if pixels is not None and pixels not in PIXELS:
+        raise RunError(f"--pixels is {pixels}; choose one of {', '.join(PIXELS)}")
     state = read_weights(path)
     if not is_whole_network(state):
         raise RunError(
-            f"{path} has no classifier layer5.head: it is a backbone alone, which cannot be scored, or of another "
-            "system; give a whole network of MRNet, EPLC or ProDA"
+            f"{path} has no classifier layer5.head and no path saptial_path: it is a backbone alone, which cannot be "
+            "scored, or of another system; give a whole network of MRNet, EPLC, ProDA or BiSeNet"
         )
     options = AdaptOptions(**data, init=path, name="file", references="never")
     setup = resolve(_scored_as(options, described(state)), to_train=False)
-    network = Build(described(state, setup.preset.network))  # perhaps with a norm that the recipe's own has not
-    setup = replace(setup, plan=replace(setup.plan, network=network))
+    config = described(state, setup.preset.network)  # perhaps with a norm that the recipe's own has not
+    config = replace(config, pixels=pixels or _pixels_of(Path(path), state, config))
+    setup = replace(setup, plan=replace(setup.plan, network=Build(config)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = setup.make_scorer()(device)
     check_initial(path, scorer.network)
     load_initial(path, scorer.network)
     weights = {name: tensor.cpu().numpy() for name, tensor in scorer.network.state_dict().items()}
+    score, *also = _scored(setup, scorer, weights, Path(out).absolute())
     return {
         "benchmark": setup.benchmark.name,
         "weights": Path(path).name,
         "data": setup.data,
-        "protocol": {**protocol(setup), "network": Path(path).name},
+        "protocol": {**protocol(setup), "network": Path(path).name, "pixels": config.pixels},
         "class_names": list(setup.benchmark.classes.names),
-        "scores": {"adapted": _scored(setup, scorer, weights, Path(out).absolute())},
+        "scores": {"adapted": score},
+        "also": also,
     }
+
+
+def label_lines(results: dict[str, Any]) -> list[str]:
+    """Every mean and accuracy of the adapted network, a sentence a size of the labels, and what the network read.
+
+    Args:
+        results: of :func:`rescore` or :func:`score_file`.
+    """
+    protocol = results["protocol"]
+    lines = []
+    for score in ({"label_size": protocol["label_size"], **results["scores"]["adapted"]}, *results["also"]):
+        means = ", ".join(
+            f"mIoU{name} {mean:.1f} ({score['absent_as_zero'][name]:.1f} with absent classes as 0)"
+            for name, mean in score["protocols"].items()
+        )
+        lines.append(
+            f"labels {'×'.join(map(str, score['label_size']))}, {score['images']} images: {means}; pixel accuracy "
+            f"{score['accuracy']:.1f} ({score['accuracy_ignored_wrong']:.1f} with ignored pixels as errors)"
+        )
+    if "pixels" in protocol:
+        lines.append(f"the network read {protocol['pixels']} pixels; --pixels changes that")
+    return lines
 
 
 def _scored_as(options: AdaptOptions, found: Config) -> AdaptOptions:
@@ -127,18 +163,37 @@ def _scored_as(options: AdaptOptions, found: Config) -> AdaptOptions:
     return replace(options, recipe=system, classes=found.num_classes)
 
 
-def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Path) -> dict[str, Any]:
-    """The score, and what goes with it on disk."""
+def _pixels_of(path: Path, state: Mapping[str, Tensor], config: Config) -> Pixels:
+    """What a file's network reads, as far as it can be told.
+
+    A file in ``stages`` of a run has the run's description beside it. A published BiSeNet is told by its second copy of
+    the backbone, with a classifier that was trained on ImageNet: in our exports this one is zeros. Of those, as of any
+    other file, it is what the system's network reads by default.
+    """
+    if path.absolute().parent.name == STAGES and (path.absolute().parents[1] / FILE).is_file():
+        described_there = read_description(path.absolute().parents[1]).configs
+        return next((found.pixels for found in described_there if found.heads == config.heads), config.pixels)
+    unused = strip_parallel(state).get(f"{BISENET_COPY}fc.weight")
+    return config.pixels if unused is None or not unused.any() else PUBLISHED_PIXELS
+
+
+def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Path) -> list[dict[str, Any]]:
+    """The score and what goes with it on disk; then, where labels are brought to a size, that on labels as they are.
+
+    The second has ``label_size``, the (width, height) of the first label.
+    """
     assert setup.domains.validation is not None
     images = PerImage(setup.domains.validation, setup.benchmark.classes)
-    found = scorer.score(weights, images.see)
+    size = setup.preset.score_labels
+    found, *also = scorer.score_at([size] if size is None else [size, None], weights, images.see)
     confusion = found.pop("confusion")
     try:
         images.write(folder)
         write_confusion(folder / CONFUSION, setup.benchmark.classes.names, confusion)
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
-    return found
+    own = list(setup.domains.validation.label(0).shape[::-1])
+    return [found, *({"label_size": own, **{k: v for k, v in score.items() if k != "confusion"}} for score in also)]
 
 
 class PerImage:

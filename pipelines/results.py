@@ -133,7 +133,7 @@ def protocol(setup: Setup) -> dict[str, Any]:
     return {
         "classes": len(setup.benchmark.protocols[setup.benchmark.primary_protocol]),
         "outputs": len(setup.benchmark.classes),
-        "label_size": None if split is None else list(split.label(0).shape[::-1]),
+        "label_size": None if split is None else list(setup.preset.score_labels or split.label(0).shape[::-1]),
         "network": "ema" if setup.plan.stages[-1].ema_decay is not None else "student",
         "views": [[*view, flip] for view in setup.preset.score_views for flip in mirrored],
     }

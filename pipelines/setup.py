@@ -120,16 +120,20 @@ class Setup:
         """
         if self.domains.validation is None:
             raise RunError(f"{self.options.target} has no labels, so there is nothing to score on; give --validation")
-        return self._scorer_of(self.domains.validation, self.preset.score_views, self.preset.score_mirrored)
+        return self._scorer_of(
+            self.domains.validation, self.preset.score_views, self.preset.score_mirrored, self.preset.score_labels
+        )
 
     def make_source_scorer(self) -> Callable[[torch.device], Scorer] | None:
         """Builds the scorer of the source images that are held out, in one view; picklable. None without any."""
         held_out = self.domains.held_out
         return None if held_out is None else self._scorer_of(held_out, (self.preset.stages[-1].source_size,), False)
 
-    def _scorer_of(self, split: Split, views: tuple[Size, ...], mirrored: bool) -> Callable[[torch.device], Scorer]:
+    def _scorer_of(
+        self, split: Split, views: tuple[Size, ...], mirrored: bool, label_size: Size | None = None
+    ) -> Callable[[torch.device], Scorer]:
         reader = SplitReader(split, self.cache)
-        return partial(_scorer, self.plan.networks, reader, self.prepare, views, mirrored, self.benchmark)
+        return partial(_scorer, self.plan.networks, reader, self.prepare, views, mirrored, self.benchmark, label_size)
 
     def make_watcher(self) -> Callable[[torch.device], Watcher]:
         """Builds the watcher of target images; picklable."""
@@ -440,6 +444,7 @@ def _scorer(
     views: tuple[Size, ...],
     mirrored: bool,
     pair: Benchmark,
+    label_size: Size | None,
     device: torch.device,
 ) -> Scorer:
     return Scorer(
@@ -451,6 +456,7 @@ def _scorer(
         len(pair.classes.names),
         pair.protocols,
         device,
+        label_size,
     )
 
 

@@ -361,6 +361,7 @@ def fitted(
         label_views=(shapes.target,),
         score_views=(shapes.target,),
         score_mirrored=False,
+        score_labels=shapes.target,
         evaluate_every=5 * EPOCH,
         checkpoint_every=5 * EPOCH,
         publish_every=EPOCH,

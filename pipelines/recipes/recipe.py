@@ -160,6 +160,7 @@ class Preset:
             label_size=_scaled(self.label_size, factor),
             label_views=tuple(_scaled(view, factor) for view in self.label_views),
             score_views=tuple(_scaled(view, factor) for view in self.score_views),
+            score_labels=None if self.score_labels is None else _scaled(self.score_labels, factor),
         )
 
 

@@ -249,10 +249,13 @@ def run_plan(folder, stages, seed=3, **more):
 class FakePublisher:
     def __init__(self):
         self.published, self.rewound = [], []
+        self.boards = []
+        """Of every publication: whether it hangs where the evaluator looks, and where labels are made from."""
 
-    def publish(self, version, network, *, pin, student=None):
+    def publish(self, version, network, *, pin, student=None, shown=True, labels=True):
         weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         self.published.append((version, pin, weights))
+        self.boards.append((shown, labels))
 
     def rewind(self, step):
         self.rewound.append(step)
@@ -267,6 +270,7 @@ class FakeLink:
     def __init__(self, stop_after=None, views=None):
         self.publisher = FakePublisher()
         self.lines, self.said, self.reports = [], [], []
+        self.begun, self.sent = [], []
         self.stop_after, self.views = stop_after, views or {}
 
     def view(self, stage, stage_version):
@@ -286,6 +290,15 @@ class FakeLink:
 
     def report(self, numbers):
         self.reports.append(numbers)
+
+    def begin_teaching(self, stage, first_step, step):
+        self.begun.append((stage, first_step, step))
+
+    def send(self, reward):
+        self.sent.append(reward)
+
+    def reward(self):
+        return None
 
 
 class FakeView:

@@ -7,10 +7,12 @@ import pytest
 import ray
 import torch
 from fakes import Remote
+from PIL import Image
 
 from actors.errors import UnreadableImage
 from actors.evaluator import Evaluator, Recommended, Scorer
 from actors.weight_board import WeightBoard
+from models.networks.bisenet import BiSeNet, BiSeNetConfig, MainOutput
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from models.networks.proda import Proda
 from pipelines.views import input_of
@@ -18,6 +20,7 @@ from pipelines.views import input_of
 CONFIG = DeepLabConfig(
     num_classes=4, layers=(1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=16, groups=4, dilations=(1, 2)
 )
+CPU = torch.device("cpu")
 PROTOCOLS = {"4": (0, 1, 2, 3), "2": (0, 1)}
 
 
@@ -54,7 +57,7 @@ def weights(made):
 
 
 def scorer(reader, views=((48, 32),), mirrored=False):
-    return Scorer(lambda: DeepLab(CONFIG), reader, input_of, views, mirrored, 4, PROTOCOLS, torch.device("cpu"))
+    return Scorer(lambda: DeepLab(CONFIG), reader, input_of, views, mirrored, 4, PROTOCOLS, CPU)
 
 
 @torch.no_grad()
@@ -118,6 +121,66 @@ def test_a_class_that_occurs_nowhere_has_no_score():
     assert found["per_class"][0] > 0
 
 
+class StubbornNetwork(BiSeNet):
+    """Answers with class 3, 1 or 2 by how bright a pixel is: what it says of an image can be counted by hand."""
+
+    def trunk(self, images):
+        return images.mean(1, keepdim=True)
+
+    def classify(self, features):
+        dark, bright = features < 100, features > 150
+        return MainOutput(10.0 * torch.cat((features * 0, ~dark & ~bright, bright, dark), 1).float())
+
+
+def gray(images, network):
+    return images.permute(0, 3, 1, 2).float()
+
+
+def test_labels_are_brought_to_the_protocols_size_and_scored_as_they_are_in_one_go():
+    """BiSeNet's protocol and everybody else's, against NumPy and Pillow: class 0 is labelled and never said."""
+    torch.manual_seed(0)
+    config = BiSeNetConfig(num_classes=5, layers=(1, 1, 1, 1), width=4, spatial_width=4)
+    made, reader, seen = StubbornNetwork(config), Reader(4), []
+    scores = Scorer(
+        lambda: StubbornNetwork(config),
+        reader,
+        gray,
+        ((18, 10),),
+        False,
+        5,
+        {"5": range(5), "3": (0, 1, 4)},
+        CPU,
+        label_size=(18, 10),
+    )
+    small, own = scores.score_at([(18, 10), None], weights(made), lambda *what: seen.append(what))
+    assert scores.score(weights(made)) == small
+    assert [tuple(label.shape) for _, _, label in seen] == [(10, 18)] * 4
+    predictions, labels, wide = [], [], []
+    for index in range(4):
+        brightness = reader.read(index, (18, 10)).astype(np.float32).mean(2)
+        predictions.append(np.where(brightness < 100, 3, np.where(brightness > 150, 2, 1)))
+        wide.append(reader.label(index))
+        labels.append(np.asarray(Image.fromarray(wide[-1]).resize((18, 10), Image.Resampling.NEAREST)))
+    np.testing.assert_array_equal([prediction.numpy() for _, prediction, _ in seen], predictions)
+    np.testing.assert_array_equal([label.numpy() for _, _, label in seen], labels)
+    p, y = np.stack(predictions), np.stack(labels)
+    both = np.array([((p == c) & (y == c)).sum() for c in range(5)])
+    either = np.array([(((p == c) | (y == c)) & (y != 255)).sum() for c in range(5)])
+    assert either[4] == 0
+    assert small["miou"] == pytest.approx(100 * np.mean(both[:4] / either[:4]))
+    assert small["absent_as_zero"]["5"] == pytest.approx(100 * np.mean(both / (either + 1e-5)))
+    assert small["absent_as_zero"]["3"] == pytest.approx(100 * np.sum(both[:2] / (either[:2] + 1e-5)) / 3)
+    assert small["accuracy"] == pytest.approx(100 * (p == y).sum() / (y != 255).sum())
+    assert small["accuracy_ignored_wrong"] == pytest.approx(
+        100 * np.mean([(a == b).mean() for a, b in zip(p, y, strict=True)])
+    )
+    assert small["accuracy_ignored_wrong"] < small["accuracy"]
+    assert (small["images"], np.sum(small["confusion"])) == (4, (y != 255).sum())
+    assert np.sum(own["confusion"]) == (np.stack(wide) != 255).sum()
+    plain = Scorer(lambda: StubbornNetwork(config), reader, gray, ((18, 10),), False, 5, scores.protocols, CPU)
+    assert plain.score(weights(made)) == own
+
+
 def test_the_kept_weights_are_those_of_the_step_that_is_named(tmp_path):
     """A resumed run looks at earlier steps again, and one of them may look better."""
     kept = Recommended(str(tmp_path))
@@ -155,7 +218,7 @@ def proda(extra_norm, seed=0):
 
 
 def scorer_of(*networks):
-    return Scorer(networks, Reader(), input_of, ((48, 32),), True, 4, PROTOCOLS, torch.device("cpu"))
+    return Scorer(networks, Reader(), input_of, ((48, 32),), True, 4, PROTOCOLS, CPU)
 
 
 def test_networks_of_different_stages_are_scored_each_as_itself():

@@ -1,8 +1,21 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from models.scores import ConfusionMatrix, gap_closed, iou, mean_iou, protocol_means
+from models.scores import (
+    ConfusionMatrix,
+    absent_as_zero_means,
+    accuracy,
+    accuracy_ignored_wrong,
+    gap_closed,
+    iou,
+    mean_iou,
+    nearest,
+    protocol_means,
+)
 
 RECTIFIED_SYNTHIA = "87.6 41.9 83.1 14.7 1.7 36.2 31.3 19.9 81.6 80.6 63.0 21.8 86.2 40.7 23.6 53.1"  # the 16 classes
 SIXTEEN = [c for c in range(19) if c not in (9, 14, 16)]  # without terrain, truck, train
@@ -89,3 +102,72 @@ def test_a_value_that_is_no_class_is_an_error(prediction, label, name):
 def test_a_protocol_beyond_the_classes_is_an_error():
     with pytest.raises(ValueError, match="beyond"):
         mean_iou([0.5, 0.5], [0, 2])
+
+
+def pairs(seed=3):
+    """Predictions and labels of four images, some pixels ignored; class 5 occurs nowhere, class 4 only as a guess."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 4, (4, 20, 30)).astype(np.uint8)
+    prediction = np.where(rng.random(label.shape) < 0.6, label, rng.integers(0, 5, label.shape)).astype(np.uint8)
+    for image, share in zip(label, (0, 0.1, 0.5, 0.9), strict=True):
+        image[rng.random(image.shape) < share] = 255
+    return prediction, label
+
+
+def counted(prediction, label, classes):
+    matrix = ConfusionMatrix(classes)
+    matrix.update(torch.from_numpy(prediction), torch.from_numpy(label))
+    return matrix.matrix
+
+
+def test_bisenets_mean_takes_a_class_that_occurs_nowhere_for_0():
+    prediction, label = pairs()
+    valid = label != 255
+    p, y = prediction[valid], label[valid]
+    ious = [((p == c) & (y == c)).sum() / (((p == c) | (y == c)).sum() + 1e-5) for c in range(6)]
+    means = absent_as_zero_means(counted(prediction, label, 6), {"6": range(6), "2": (0, 5)})
+    assert means == {"6": pytest.approx(np.mean(ious), abs=1e-12), "2": pytest.approx(ious[0] / 2, abs=1e-12)}
+    assert means["6"] == pytest.approx(5 / 6 * np.nanmean(reference(prediction, label, 6)), abs=1e-6)
+
+
+def test_the_addition_to_the_denominator_is_seen_where_it_is_large():
+    matrix = torch.tensor([[2, 1], [0, 3]])
+    assert absent_as_zero_means(matrix, {"2": (0, 1)}, epsilon=1.0)["2"] == pytest.approx((2 / 4 + 3 / 5) / 2)
+
+
+def test_accuracy_leaves_ignored_pixels_out_and_the_published_one_counts_them_as_errors():
+    prediction, label = pairs()
+    right = (prediction == label).sum()
+    assert accuracy(counted(prediction, label, 6)) == pytest.approx(right / (label != 255).sum())
+    strict = [
+        accuracy_ignored_wrong(torch.from_numpy(p), torch.from_numpy(y)) for p, y in zip(prediction, label, strict=True)
+    ]
+    assert strict == pytest.approx([(p == y).sum() / p.size for p, y in zip(prediction, label, strict=True)])
+    assert strict[3] < 0.15 < 0.5 < accuracy(counted(prediction[3:], label[3:], 6))
+
+
+def test_accuracy_without_a_labelled_pixel_is_no_number():
+    nothing = np.full((2, 3), 255, np.uint8)
+    assert np.isnan(accuracy(counted(np.zeros_like(nothing), nothing, 3)))
+    assert accuracy_ignored_wrong(torch.zeros(2, 3, dtype=torch.uint8), torch.from_numpy(nothing)) == 0.0
+
+
+def test_accuracy_of_maps_of_different_sizes_is_an_error():
+    with pytest.raises(ValueError, match="different sizes"):
+        accuracy_ignored_wrong(torch.zeros(4, 8), torch.zeros(8, 8))
+
+
+@pytest.mark.parametrize("size", [(64, 32), (32, 32), (128, 64), (256, 128), (512, 16), (1, 1)])
+def test_labels_are_resized_as_pillow_resizes_them(size):
+    label = np.random.default_rng(0).integers(0, 256, (64, 128)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(nearest(torch.from_numpy(label), size[::-1]).numpy(), expected)
+
+
+def test_a_pixel_shows_the_one_under_its_centre_at_any_ratio():
+    columns = torch.arange(1280)[None].expand(3, -1)
+    found = nearest(columns, (2, 719))
+    assert found.shape == (2, 719)
+    np.testing.assert_array_equal(
+        found[1].numpy(), [int((Fraction(i) + Fraction(1, 2)) * 1280 / 719) for i in range(719)]
+    )

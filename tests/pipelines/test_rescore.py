@@ -2,20 +2,26 @@ import csv
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from models.networks.build import Build
+from models.networks.layouts import with_published_copies
+from pipelines import rescore as rescoring
 from pipelines.datasets import Split
 from pipelines.datasets.classes import ClassSet
 from pipelines.options import AdaptOptions
 from pipelines.recipes.proda import ProdaOptions
-from pipelines.rescore import PerImage, rescore, score_file
+from pipelines.rescore import PerImage, label_lines, rescore, score_file
 from pipelines.results import read_confusion, score_lines, write_json
 from pipelines.setup import resolve
 from pipelines.trained import describe
+from pipelines.views import input_of
 
 CPU = torch.device("cpu")
 
@@ -142,6 +148,122 @@ def test_a_number_of_outputs_that_the_benchmark_does_not_have_is_refused(options
         score_file(path, {"preset": "tiny", "data": options.data}, str(tmp_path / "out"))
     data = {"benchmark": "city2robot", "preset": "tiny", "data": options.data}
     assert score_file(path, data, str(tmp_path / "out"))["protocol"]["classes"] == 9
+
+
+def bisenet(options, pixels="rgb_imagenet"):
+    """A network of BiSeNet's recipe that says several classes, and its setup; statistics are of no matter."""
+    setup = resolve(replace(options, recipe="meta_pseudo_labels"))
+    torch.manual_seed(1)
+    network = Build(replace(setup.preset.network, pixels=pixels))()
+    torch.nn.init.normal_(network.conv.bias)
+    return network, setup
+
+
+def as_published(network):
+    """The container of an adversarial run, on several devices."""
+    state = with_published_copies(network.state_dict())
+    torch.nn.init.normal_(state["context_path.features.fc.weight"])
+    parallel = {f"module.{name}": tensor for name, tensor in state.items()}
+    return {"model_state": parallel, "model_d_state": {}, "optimizer_state": {}, "total_epoch_so_far": 50}
+
+
+def seen_as(setup, network, pixels):
+    """What a network that reads such pixels scores, without what is of no class."""
+    other = Build(replace(network.config, pixels=pixels))()
+    other.load_state_dict(network.state_dict())
+    scorer = replace(setup, plan=replace(setup.plan, network=Build(other.config))).make_scorer()(CPU)
+    found = scorer.score({name: tensor.numpy() for name, tensor in other.state_dict().items()})
+    found.pop("confusion")
+    return found
+
+
+def scored(path, options, tmp_path, **more):
+    return score_file(str(path), {"preset": "tiny", "data": options.data}, str(tmp_path / "out"), **more)
+
+
+def test_a_published_bisenet_reads_published_pixels_and_is_scored_as_its_system_scores(options, tmp_path):
+    network, setup = bisenet(options)
+    torch.save(as_published(network), tmp_path / "dsc_best_model_.pth")
+    found = scored(tmp_path / "dsc_best_model_.pth", options, tmp_path)
+    assert found["scores"]["adapted"] == seen_as(setup, network, "bgr_city")
+    assert found["protocol"]["views"] == [[*setup.preset.score_views[0], False]]
+    assert found["protocol"]["pixels"] == "bgr_city"
+    assert "the network read bgr_city pixels; --pixels changes that" in label_lines(found)
+    other = scored(tmp_path / "dsc_best_model_.pth", options, tmp_path, pixels="rgb_imagenet")
+    assert other["scores"]["adapted"] == seen_as(setup, network, "rgb_imagenet") != found["scores"]["adapted"]
+
+
+def test_an_export_of_ours_in_that_layout_and_a_file_of_tensors_read_what_a_run_reads(options, tmp_path):
+    network, setup = bisenet(options)
+    expected = seen_as(setup, network, "rgb_imagenet")
+    for name, state in (("a.pth", with_published_copies(network.state_dict())), ("b.pth", network.state_dict())):
+        torch.save(state, tmp_path / name)
+        assert scored(tmp_path / name, options, tmp_path)["scores"]["adapted"] == expected
+
+
+def test_a_file_in_stages_of_a_run_reads_what_the_run_says(options, tmp_path):
+    options = replace(options, recipe="meta_pseudo_labels", faithful=True)
+    network, setup = bisenet(options, "bgr_city")
+    assert setup.preset.network.pixels == "bgr_city"
+    describe(setup)
+    (options.folder() / "stages").mkdir()
+    path = options.folder() / "stages" / "step_00000007-adversarial.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    found = scored(path, options, tmp_path)
+    assert found["protocol"]["pixels"] == "bgr_city"
+    assert found["scores"]["adapted"] == seen_as(setup, network, "bgr_city")
+
+
+def test_pixels_that_do_not_exist_are_refused(options, tmp_path):
+    network, _ = bisenet(options)
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(RunError, match="--pixels is bgr; choose one of bgr_mean, rgb_unit, rgb_imagenet, bgr_city"):
+        scored(tmp_path / "a.pth", options, tmp_path, pixels="bgr")
+
+
+def test_labels_are_scored_at_the_systems_size_and_as_they_are(options, tmp_path, monkeypatch):
+    """BiSeNet's protocol (methods 2.3), and beside it that of the others, against NumPy and Pillow."""
+    network, setup = bisenet(options)
+    size = (64, 32)
+    torch.save(as_published(network), tmp_path / "a.pth")
+
+    def smaller(*given, **more):
+        found = resolve(*given, **more)
+        return replace(found, preset=replace(found.preset, score_labels=size, score_views=(size,)))
+
+    monkeypatch.setattr(rescoring, "resolve", smaller)
+    found = scored(tmp_path / "a.pth", options, tmp_path)
+    own = found["also"][0]
+    assert len(found["also"]) == 1
+    assert own["label_size"] == [128, 64]
+    reads = Build(replace(network.config, pixels="bgr_city"))().eval()
+    reads.load_state_dict(network.state_dict())
+    split = setup.domains.validation
+    predictions, labels = [], []
+    for index in range(len(split)):
+        with torch.no_grad():
+            x = input_of(torch.from_numpy(np.array(split.image(index, size)))[None], reads)
+            predictions.append(reads(x).fused()[0].argmax(0).numpy())
+        labels.append(np.asarray(Image.fromarray(split.label(index)).resize(size, Image.Resampling.NEAREST)))
+    p, y = np.stack(predictions), np.stack(labels)
+    assert len(np.unique(p)) > 2
+    both = np.array([((p == c) & (y == c)).sum() for c in range(19)])
+    either = np.array([(((p == c) | (y == c)) & (y != 255)).sum() for c in range(19)])
+    score, sixteen = found["scores"]["adapted"], list(setup.benchmark.protocols["16"])
+    assert score["images"] == own["images"] == len(split)
+    assert score["accuracy"] == pytest.approx(100 * (p == y).sum() / (y != 255).sum())
+    assert score["accuracy_ignored_wrong"] == pytest.approx(
+        100 * np.mean([(a == b).mean() for a, b in zip(p, y, strict=True)])
+    )
+    assert score["absent_as_zero"]["16"] == pytest.approx(100 * np.mean((both / (either + 1e-5))[sixteen]))
+    present = [c for c in sixteen if either[c]]
+    assert score["protocols"]["16"] == pytest.approx(100 * np.mean(both[present] / either[present]))
+    assert own["accuracy"] != score["accuracy"]
+    first, second, *_ = label_lines(found)
+    assert second.startswith(f"labels 128×64, {len(split)} images: mIoU16 {own['protocols']['16']:.1f} (")
+    assert first.endswith(
+        f"pixel accuracy {score['accuracy']:.1f} ({score['accuracy_ignored_wrong']:.1f} with ignored pixels as errors)"
+    )
 
 
 def test_a_run_that_ended_with_a_network_of_a_stages_own_is_scored(options, tmp_path):

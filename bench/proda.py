@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from actors.checkpoints import kept_stages
+from bench.command_runs import keep, run
 from bench.marked import write_between
 
 ROOT = Path(__file__).parent.parent
@@ -35,42 +34,12 @@ ARRANGEMENTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def run(name: str, runs: Path, arguments: list[str]) -> Path:
-    """One run, if it is not there yet; its directory."""
-    folder = runs / name
-    if not (folder / "results.json").is_file():
-        command = [sys.executable, "run.py", "--recipe", "proda", "--no-dashboard", "--runs", str(runs), "--name", name]
-        subprocess.run([*command, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-def keep(key: str, folder: Path, arguments: list[str]) -> None:
-    """Add what a run came to, under a key."""
-    found = json.loads((folder / "results.json").read_text())
-    if found["run"]["init"] is not None:
-        found["run"]["init"] = Path(found["run"]["init"]).name  # of no use on another machine
-    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    known[key] = {
-        "command": " ".join(["python run.py --recipe proda", *arguments]),
-        "benchmark": found["benchmark"],
-        "seed": found["seed"],
-        "stages": found["stages"],
-        "scores": {name: score and score["miou"] for name, score in found["scores"].items()},
-        "gap_closed": found["gap_closed"],
-        "seconds": found["seconds"],
-        "student": found["student"],
-        "label_age_steps": found["label_age_steps"],
-        "run": found["run"],
-        "versions": found["versions"],
-    }
-    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-
-
 def stages(benchmark: str, seeds: list[int], runs: Path) -> None:
     """The whole recipe for every seed."""
     for seed in seeds:
-        arguments = ["--benchmark", benchmark, "--seed", str(seed)]
-        keep(f"stages, {benchmark}, seed {seed}", run(f"proda-{benchmark}-s{seed}", runs, arguments), arguments)
+        arguments = ["--recipe", "proda", "--benchmark", benchmark, "--seed", str(seed)]
+        folder = run(f"proda-{benchmark}-s{seed}", runs, arguments)
+        keep(RESULTS, f"stages, {benchmark}, seed {seed}", folder, arguments)
         print(f"{benchmark}, seed {seed}: done", flush=True)
 
 
@@ -78,12 +47,12 @@ def arrangements(benchmark: str, seeds: list[int], runs: Path) -> None:
     """The denoising stage in every arrangement, for every seed."""
     for seed in seeds:
         (_, start), *_ = kept_stages(runs / f"proda-{benchmark}-s{seed}")
-        common = ["--benchmark", benchmark, "--seed", str(seed), "--references", "never"]
+        common = ["--recipe", "proda", "--benchmark", benchmark, "--seed", str(seed), "--references", "never"]
         only = ["--from-stage", "2", "--to-stage", "2", "--init", str(start)]
         for name, arguments in ARRANGEMENTS.items():
             slug = name.replace(", ", "-")
             folder = run(f"denoising-{benchmark}-s{seed}-{slug}", runs, [*common, *only, *arguments])
-            keep(f"{name}, {benchmark}, seed {seed}", folder, [*common, *only[:-1], start.name, *arguments])
+            keep(RESULTS, f"{name}, {benchmark}, seed {seed}", folder, [*common, *only[:-1], start.name, *arguments])
             print(f"{benchmark}, seed {seed}, {name}: done", flush=True)
 
 

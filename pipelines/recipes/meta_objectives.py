@@ -20,6 +20,7 @@ from models.losses import IGNORE, ClassBalance, domain_loss
 from models.meta import meta_coefficient, meta_epoch, noisy_rectangle
 from models.networks.discriminators import FullyConvDiscriminator, SeparableDiscriminator
 from models.networks.segmenter import Outputs, Pixels, Segmenter, upsample
+from models.networks.statistics import norm_statistics
 from models.schedule import set_rate
 from pipelines.label_rules import MedianRule
 from pipelines.recipes.supervised import SegmentationTerm
@@ -192,7 +193,10 @@ class TeacherLosses:
         assert batch.source_label is not None
         assert batch.target is not None
         assert self.options.teacher_adversarial is not None
-        source, target = network(batch.source), network(batch.target)
+        # It labels by running statistics: as published those of all that it sees, or of plain target images alone.
+        with norm_statistics(network, update=self.options.statistics == "running"):
+            source = network(batch.source)
+        target = network(batch.target)
         maps = _enlarged(source, batch.source), _enlarged(target, batch.target)
         terms = {
             "segmentation": self.term.of_logits(source, batch.source_label, self.balances["source"]),
@@ -200,7 +204,8 @@ class TeacherLosses:
             "pseudo": coefficient * self.term.of_logits(target, label, self.balances["target"]),
         }
         if torch.rand((), generator=torch.Generator().manual_seed(seed)).item() < self.options.noise_share:
-            noisy = network(noisy_rectangle(batch.target, self.deviation, seed))
+            with norm_statistics(network, update=self.options.statistics == "running"):
+                noisy = network(noisy_rectangle(batch.target, self.deviation, seed))
             terms["noise"] = self.term.of_logits(noisy, label, self.balances["noise"])
         self.critic.show(*maps)
         return terms

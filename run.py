@@ -34,10 +34,11 @@ from pipelines.options import AdaptOptions, DataOptions, read_config, read_optio
 from pipelines.pseudo_labels.layouts import FileLayout, FolderLayout  # noqa: E402
 
 if TYPE_CHECKING:
+    from pipelines.plan import CostRow
     from pipelines.pseudo_labels.exchange import Exchanged
 
 SHOWN_MISTAKES = 20
-COMMANDS = ("adapt", "tune", "evaluate", "predict", "report", "export", "labels", "data")
+COMMANDS = ("adapt", "tune", "evaluate", "predict", "report", "export", "labels", "plan", "data")
 HELP = {
     "--resume RUN": "continue a stopped run",
     "--config FILE": "options from a file, such as a sweep's best.toml; others given beside it win",
@@ -46,9 +47,10 @@ HELP = {
     "evaluate RUN": "score its newest checkpoint again, or a file of weights, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
     "report RUN": "write its report.html again, from the files in its directory",
-    "export RUN": "its weights as the file that the code of MRNet and EPLC, or of ProDA reads",
+    "export RUN": "its weights as the code of MRNet and EPLC, ProDA or BiSeNet-MPL reads them; or ONNX, torch.export",
     "labels export RUN": "pseudo labels of a run as Parquet or in another system's folders",
     "labels import DIR": "the folder of another system as a file for --pseudo-labels",
+    "plan": "what every network and discriminator costs at a size, without a run",
     "data sample DIR": "two folders of rendered pictures to try all this on",
     "data check": "look at every file before a run does",
     "data prepare": "decode every file ahead of a run",
@@ -82,8 +84,8 @@ class EvaluateOptions:
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory; or a whole network in a published layout: MRNet's or EPLC's GTA5_25000.pth, ProDA's
-    from_gta5_to_cityscapes_on_deeplabv2_best_model.pkl. Which system's it is, and of how many classes, is seen in the
-    file; it is scored as that system scores."""
+    from_gta5_to_cityscapes_on_deeplabv2_best_model.pkl, a BiSeNet's …_best_model_….pth. Which system's it is, and of
+    how many classes, is seen in the file; it is scored as that system scores."""
     validation: str | None = None
     """TOML file of labelled target images to score on, of a run on images of your own. Default: those of the run."""
     benchmark: str | None = None
@@ -93,6 +95,9 @@ class EvaluateOptions:
     preset: Literal["auto", "full", "mini", "tiny"] | None = None
     """Of a file: which network it is, and at which sizes it looks at images. Default: full on real data, mini on the
     miniature."""
+    pixels: Literal["bgr_mean", "rgb_unit", "rgb_imagenet", "bgr_city", "bgr_gray"] | None = None
+    """Of a file: what the network reads. Default: what its system reads; of a published BiSeNet, which is told by its
+    second copy of the backbone, bgr_city. An export of ours made with --faithful needs bgr_city."""
     out: str = "evaluation"
     """Of a file: folder for what is written."""
 
@@ -114,6 +119,9 @@ class PredictOptions:
     """Folder of all run directories."""
     weights: Literal["last", "recommended"] = "last"
     """last: the newest checkpoint. recommended: the step that looks best without labels."""
+    model: str | None = None
+    """An exported model instead of a run: a file of run.py export --layout onnx or torch, its JSON file beside it. It
+    looks at a picture once, on the CPU. Open a .pt2 file only if it is your own: torch can execute what is in it."""
     out: str = "predictions"
     """Folder for the results."""
     passes: int = 0
@@ -124,6 +132,13 @@ class PredictOptions:
     def __post_init__(self) -> None:
         if not self.paths:
             raise RunError("predict needs at least one picture, folder or pattern")
+        given = {"--run": self.run, "--runs": self.runs != "runs", "--weights": self.weights != "last"}
+        of_run = [name for name, value in {**given, "--passes": self.passes}.items() if value]
+        if self.model is not None and of_run:
+            raise RunError(
+                f"{' and '.join(of_run)} cannot go with --model: an exported model is one network without its dropout, "
+                "and knows no run; leave out one or the other"
+            )
         if self.passes < 0 or self.passes == 1:
             raise RunError(f"--passes is {self.passes}; give 0 for no uncertainty, or at least 2")
         if self.threads is not None and self.threads < 1:
@@ -140,19 +155,27 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write the weights of a run in the layout of a published system."""
+    """Write the weights of a run in the layout of a published system, or its whole network as ONNX or torch.export."""
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory."""
     out: str
     """Folder for the file, and for what goes with it."""
-    layout: Literal["auto", "mrnet", "proda"] = "auto"
+    layout: Literal["auto", "mrnet", "proda", "bisenet", "onnx", "torch"] = "auto"
     """mrnet: a flat state dict, GTA5_<step>.pth, as MRNet's and EPLC's, the opts.yaml that their code reads beside it,
     and the discriminators of a checkpoint of stage I. proda:
     from_<source>_to_<target>_on_deeplabv2_<step>_model.pkl, with the discriminator of a warm-up in it, and
-    prototypes_on_<target>_from_deeplabv2. auto: that of the run's own system."""
+    prototypes_on_<target>_from_deeplabv2. bisenet: bisenet_<step>.pth, with the discriminator if there is one. auto:
+    that of the run's own system. onnx, torch: <run>_<step>.onnx or .pt2, the whole network: RGB images of 0 to 255,
+    float32 1×3×height×width, to class scores; and a JSON file with size, classes and colours. Each is compared with the
+    network before it stays. onnx needs pip install 'tutelage[export]'."""
     weights: Literal["last", "recommended"] = "last"
     """last: of the newest checkpoint. recommended: of the step that looked best without labels."""
+    size: tuple[int, int] | None = None
+    """Of onnx and torch: width and height of the images. Default: the largest that the run is scored at."""
+    dynamic: bool = False
+    """Of onnx and torch: any number of images of any size from 64×64 on; predict then shows it each picture in its own
+    proportions, with as many pixels as --size has."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +208,24 @@ class ImportLabelsOptions(DataOptions):
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """What every published network and discriminator costs at a size: parameters, operations, memory for activations.
+
+    Runs nothing and needs no data. Memory is what one pass keeps beside the weights, the images and the gradients of
+    the weights, without a loss and without what a convolution takes for itself.
+    """
+
+    size: tuple[int, int] = (1024, 512)
+    """Width and height of the images."""
+    batch: int = 1
+    """Images."""
+    classes: int = 19
+    """Classes that the networks score."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights, images and activations. A student's bfloat16 keeps some maps in float32 and takes more."""
+
+
+@dataclass(frozen=True)
 class SampleOptions:
     """Render two folders of street pictures, with the TOML files that describe them, to try things on."""
 
@@ -210,7 +251,7 @@ class PrepareOptions(DataOptions):
     """Decode every file that a run reads, at every size it reads it at. A run does so itself on first use."""
 
     recipe: str = "eplc"
-    """Recipe of the run: eplc, rectified, mrnet or proda."""
+    """Recipe of the run: eplc, rectified, mrnet, proda or meta_pseudo_labels."""
     scale: float = 1.0
     """Scale of the run."""
 
@@ -309,6 +350,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         return _export(tyro.cli(ExportOptions, prog="run.py export", args=rest), console)
     if command == "labels":
         return _labels(rest, console)
+    if command == "plan":
+        return _plan(tyro.cli(PlanOptions, prog="run.py plan", args=rest), console)
     if command == "data":
         return _data(rest, console)
     if command not in ("", "adapt"):
@@ -414,22 +457,28 @@ def _tune(arguments: list[str], console: Console) -> int:
 
 
 def _evaluate(options: EvaluateOptions, console: Console) -> int:
-    from pipelines.rescore import rescore, score_file
+    from pipelines.rescore import label_lines, rescore, score_file
 
     if Path(options.run).is_file():
         if options.validation is not None:
             raise RunError("--validation belongs to a run on images of your own, and this is a file of weights")
-        print_table(score_file(options.run, options.data(), options.out), console)
+        results = score_file(options.run, options.data(), options.out, options.pixels)
+        print_table(results, console)
+        console.print("\n".join(label_lines(results)), highlight=False, markup=False)
         console.print(f"every class in every image: {Path(options.out).absolute() / 'per_image.csv'}")
         return 0
     if options.data():
         raise RunError(
             f"--{next(iter(options.data())).replace('_', '-')} belongs to a file of weights; a run knows its own"
         )
+    if options.pixels is not None:
+        raise RunError("--pixels belongs to a file of weights; a run knows its own")
     config = read_config(options.run)
     if options.validation is not None:
         config = dataclasses.replace(config, validation=options.validation)
-    print_table(rescore(config), console)
+    results = rescore(config)
+    print_table(results, console)
+    console.print("\n".join(label_lines(results)), highlight=False, markup=False)
     folder = Path(options.run).absolute() / "evaluation"
     console.print(f"every class in every image: {folder / 'per_image.csv'}; the worst: {folder / 'worst'}")
     return 0
@@ -444,6 +493,7 @@ def _predict(options: PredictOptions, console: Console) -> int:
             options.paths,
             options.out,
             lambda made, total: bar.update(task, completed=made, total=total),
+            model=options.model,
             run=options.run,
             runs=options.runs,
             weights=options.weights,
@@ -453,7 +503,7 @@ def _predict(options: PredictOptions, console: Console) -> int:
     for sentence in done.skipped:
         console.print(f"skipped: {sentence}", highlight=False, markup=False)
     console.print(
-        f"{done.pictures} pictures predicted with step {done.step} of {done.run}, {len(done.skipped)} skipped. "
+        f"{done.pictures} pictures predicted with step {done.step} of {done.origin}, {len(done.skipped)} skipped. "
         f"Results are in {done.out}",
         highlight=False,
     )
@@ -473,13 +523,19 @@ def _report(options: ReportOptions, console: Console) -> int:
 def _export(options: ExportOptions, console: Console) -> int:
     from pipelines.export import export
 
-    done = export(options.run, options.out, options.layout, options.weights)
+    done = export(options.run, options.out, options.layout, options.weights, size=options.size, dynamic=options.dynamic)
     beside = f"; beside it {', '.join(path.name for path in done.beside)}" if done.beside else ""
     console.print(
         f"{done.parameters:,} parameters of step {done.step} are in {done.weights}{beside}",
         highlight=False,
         markup=False,
     )
+    if done.agreement is not None:
+        console.print(
+            f"compared with the network: class scores differ by at most {done.agreement.difference:.2g} "
+            f"({done.agreement.share:.1g} of their range), and {done.agreement.changed:.4%} of the pixels change class",
+            highlight=False,
+        )
     return 0
 
 
@@ -524,6 +580,42 @@ def _print_exchanged(done: Exchanged, what: str, console: Console) -> None:
         f"They are in {done.out}",
         highlight=False,
     )
+
+
+def _plan(options: PlanOptions, console: Console) -> int:
+    from pipelines.plan import costs
+
+    rows = costs(options.size, batch=options.batch, classes=options.classes, precision=options.precision)
+    print_costs(options, rows, console)
+    return 0
+
+
+def print_costs(options: PlanOptions, rows: list[CostRow], console: Console) -> None:
+    """Parameters, operations and memory of every network and discriminator."""
+    width, height = options.size
+    table = Table(
+        title=f"{options.batch} × {width}×{height}, {options.classes} classes, {options.precision}",
+        caption="2 operations a multiply-add; training: forward and backward pass, without loss and optimiser",
+    )
+    table.add_column("")
+    for name in ("parameters", "GFLOPs", "inference MiB", "training MiB"):
+        table.add_column(name, justify="right")
+    before = rows[0].kind
+    for row in rows:
+        if row.kind != before:
+            table.add_section()
+            before = row.kind
+        cost = row.cost
+        memory = (f"{peak / 2**20:,.0f}" for peak in (cost.inference_bytes, cost.training_bytes))
+        table.add_row(row.name, f"{cost.parameters:,}", f"{cost.flops / 1e9:,.3f}", *memory)
+    console.print(table)
+    for row in rows:
+        if row.unused:
+            console.print(
+                f"{row.name}: a published file holds {row.unused:,} more, a classifier that nobody uses: "
+                f"{row.cost.parameters + row.unused:,} in all",
+                highlight=False,
+            )
 
 
 def _sample(options: SampleOptions, console: Console) -> int:

@@ -1,4 +1,8 @@
-"""Run a trained network on pictures: masks, overlays, confidence, and on request Monte-Carlo uncertainty."""
+"""Run a trained network on pictures: masks, overlays, confidence, and on request Monte-Carlo uncertainty.
+
+The network is that of a run or one that was exported to a file: whatever looks at a picture is a
+:class:`PicturePredictor`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,9 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from actors.errors import RunError, UnreadableImage
+from models.networks.segmenter import upsample
 from models.uncertainty import UncertaintyRule, draw_masks, mean_probabilities, monte_carlo_labels, trunk_views
 from pipelines import pictures
+from pipelines.datasets.classes import ClassSet
 from pipelines.datasets.dataset import read_image
+from pipelines.deployed import format_of, open_model, read_card
 from pipelines.trained import Trained, load_trained, newest_run
 from pipelines.views import network_input
 from pipelines.weights import Weights
@@ -47,12 +55,36 @@ class Prediction:
 class Predicted:
     """What was written."""
 
-    run: Path
+    origin: Path
+    """Run directory, or file of the exported model."""
     step: int
     out: Path
     pictures: int = 0
     skipped: list[str] = field(default_factory=list)
     """A sentence for every file that is no picture."""
+
+
+class PicturePredictor(Protocol):
+    """What looks at pictures."""
+
+    @property
+    def origin(self) -> Path:
+        """Run directory, or file of the exported model."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Of the weights."""
+        ...
+
+    @property
+    def classes(self) -> ClassSet:
+        """That it tells apart."""
+        ...
+
+    def __call__(self, image: NDArray[np.uint8]) -> Prediction:
+        """Predict one picture, (H, W, 3) uint8 RGB of any size."""
+        ...
 
 
 class Predictor:
@@ -67,15 +99,14 @@ class Predictor:
 
     def __init__(self, trained: Trained, device: torch.device, passes: int = 0, rate: float = 0.1) -> None:
         self.trained, self.device, self.passes, self.rate = trained, device, passes, rate
+        self.origin, self.step, self.classes = trained.folder, trained.step, trained.description.classes
 
     def __call__(self, image: NDArray[np.uint8]) -> Prediction:
-        """Predict one picture, (H, W, 3) uint8 RGB of any size."""
+        """See :class:`PicturePredictor`."""
         network, description = self.trained.network, self.trained.description
-        height, width = image.shape[:2]
         batches = [network_input(self._at(image, view), network.config.pixels) for view in description.views]
         views = trunk_views(network, batches, mirror=description.mirrored)
-        factor = min(1.0, (MOST_NUMBERS / (len(description.classes) * height * width)) ** 0.5)
-        size = max(1, round(height * factor)), max(1, round(width * factor))
+        size = _size_for_probabilities(image, len(self.classes))
         confidence, mask = mean_probabilities(network, views, None, size)[0].max(dim=0)
         deviation = None
         if self.passes:
@@ -89,22 +120,63 @@ class Predictor:
                 device=self.device,
             )
             deviation = monte_carlo_labels(network, views, masks, size, UncertaintyRule("std")).std
-        numbers = [
-            None if values is None else values.float().cpu().numpy()
-            for values in (mask, confidence, None if deviation is None else deviation[0])
-        ]
-        ids, sure, unsure = (_enlarged(values, (width, height)) for values in numbers)
-        assert ids is not None
-        assert sure is not None
-        return Prediction(ids.astype(np.uint8), sure, unsure)
+        return _at_own_size(image, mask, confidence, None if deviation is None else deviation[0])
 
     def _at(self, image: NDArray[np.uint8], view: Size) -> torch.Tensor:
         """The picture with as many pixels as a view has, in its own proportions; 1×H×W×3."""
         height, width = image.shape[:2]
         factor = (view[0] * view[1] / (width * height)) ** 0.5
         size = max(32, round(width * factor)), max(32, round(height * factor))
-        resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(resized))[None].to(self.device)
+        return torch.from_numpy(_resized(image, size))[None].to(self.device)
+
+
+class ModelPredictor:
+    """Looks at pictures with an exported model, once and at one size.
+
+    Args:
+        path: its file, with its card beside it.
+        threads: CPU threads.
+
+    Raises:
+        RunError: it is no such file, what runs it is not installed, or it has no card.
+    """
+
+    def __init__(self, path: str | Path, threads: int) -> None:
+        self.origin = Path(path).absolute()
+        model_format = format_of(self.origin)
+        self.card = read_card(self.origin)
+        self.step, self.classes = self.card.step, self.card.classes
+        self.run = open_model(self.origin, model_format, threads)
+
+    def __call__(self, image: NDArray[np.uint8]) -> Prediction:
+        """See :class:`PicturePredictor`.
+
+        Raises:
+            RunError: the model is another one than its card describes.
+        """
+        height, width = image.shape[:2]
+        scores = torch.from_numpy(self._scores(_resized(image, self.card.size_for(width, height))))
+        size = _size_for_probabilities(image, len(self.classes))
+        confidence, mask = upsample(scores.softmax(dim=1), size)[0].max(dim=0)
+        return _at_own_size(image, mask, confidence, None)
+
+    def _scores(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Class scores (1, C, H, W) of a picture of the model's size, (H, W, 3)."""
+        height, width = image.shape[:2]
+        expected = (1, len(self.classes), height, width)
+        try:
+            scores = self.run(np.ascontiguousarray(image.transpose(2, 0, 1)[None], np.float32))
+        except Exception as error:  # both libraries raise what they like when a size is not the model's
+            raise RunError(
+                f"{self.origin} cannot read an image of {width}×{height} pixels, which its card says it does; keep the "
+                f"two files of one export together ({str(error).strip().splitlines()[0]})"
+            ) from error
+        if scores.shape != expected:
+            raise RunError(
+                f"{self.origin} answers {scores.shape} where its card promises {expected}; keep the two files of one "
+                "export together"
+            )
+        return scores
 
 
 def predict(
@@ -112,6 +184,7 @@ def predict(
     out: str,
     progress: Callable[[int, int], None],
     *,
+    model: str | None = None,
     run: str | None = None,
     runs: str = "runs",
     weights: Weights = "last",
@@ -124,6 +197,7 @@ def predict(
         paths: pictures, folders of pictures, or patterns.
         out: folder for the results.
         progress: told (pictures done, pictures in all).
+        model: file of an exported model, instead of all that a run says: ``run``, ``runs``, ``weights``, ``passes``.
         run: run directory; None takes the one with the newest checkpoint.
         runs: where to look for it.
         weights: ``last`` or ``recommended``, see :func:`pipelines.trained.load_trained`.
@@ -131,7 +205,8 @@ def predict(
         threads: CPU threads; None for all cores.
 
     Raises:
-        RunError: there is no such run or picture, none of the pictures can be read, or the results cannot be written.
+        RunError: there is no such run, model or picture, none of the pictures can be read, or the results cannot be
+            written.
     """
     target = Path(out).resolve()
     try:
@@ -141,11 +216,15 @@ def predict(
     files = [(path, name) for path, name in found if not path.resolve().is_relative_to(target)]
     if not files:
         raise RunError(f"all pictures lie in {target}, where the results go; give another --out")
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load_trained(newest_run(runs) if run is None else run, device, weights)
-    predictor = Predictor(trained, device, passes)
-    done = Predicted(trained.folder, trained.step, target)
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    predictor: PicturePredictor
+    if model is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        predictor = Predictor(load_trained(newest_run(runs) if run is None else run, device, weights), device, passes)
+    else:
+        predictor = ModelPredictor(model, threads)
+    done = Predicted(predictor.origin, predictor.step, target)
     if len(files) < len(found):
         done.skipped.append(f"{len(found) - len(files)} pictures that lie in {target}, where the results go")
     for number, (path, name) in enumerate(files):
@@ -155,7 +234,7 @@ def predict(
             done.skipped.append(str(error))
         else:
             try:
-                write(predictor(image), image, trained, done.out / name)
+                write(predictor(image), image, predictor.classes, done.out / name)
             except OSError as error:
                 raise RunError(f"the results cannot be written to {done.out}: {error.strerror or error}") from error
             done.pictures += 1
@@ -165,12 +244,11 @@ def predict(
     return done
 
 
-def write(prediction: Prediction, image: NDArray[np.uint8], trained: Trained, stem: Path) -> None:
+def write(prediction: Prediction, image: NDArray[np.uint8], classes: ClassSet, stem: Path) -> None:
     """Write ``…_mask.png`` (ids), ``_colour.png``, ``_overlay.jpg``, ``_confidence.png`` and ``_uncertainty.png``.
 
     Confidence is gray, 255 = 1; uncertainty is a heat map, brightest at a deviation of 0.25 and more.
     """
-    classes = trained.description.classes
     written = {
         "mask.png": prediction.mask,
         "colour.png": classes.colourise(prediction.mask),
@@ -217,8 +295,33 @@ def find_pictures(paths: Sequence[str]) -> list[tuple[Path, Path]]:
     return [(path, name) for name, path in names.items()]
 
 
-def _enlarged(values: NDArray[np.float32] | None, size: Size) -> NDArray[np.float32] | None:
+def _size_for_probabilities(image: NDArray[np.uint8], classes: int) -> Size:
+    """(height, width) at which the probabilities of a picture are held: its own, if there is room."""
+    height, width = image.shape[:2]
+    factor = min(1.0, (MOST_NUMBERS / (classes * height * width)) ** 0.5)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _at_own_size(
+    image: NDArray[np.uint8], mask: torch.Tensor, confidence: torch.Tensor, deviation: torch.Tensor | None
+) -> Prediction:
+    """What was found of a picture, each (h, w), at the picture's size."""
+    size = image.shape[1], image.shape[0]
+    return Prediction(
+        _enlarged(mask, size).astype(np.uint8),
+        _enlarged(confidence, size),
+        None if deviation is None else _enlarged(deviation, size),
+    )
+
+
+def _resized(image: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """A picture at another size (width, height), bicubic."""
+    return np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _enlarged(values: torch.Tensor, size: Size) -> NDArray[np.float32]:
     """A map at the picture's size (width, height), nearest."""
-    if values is None or (values.shape[1], values.shape[0]) == size:
-        return values
-    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
+    found = values.float().cpu().numpy()
+    if (found.shape[1], found.shape[0]) == size:
+        return found
+    return np.asarray(Image.fromarray(found).resize(size, Image.Resampling.NEAREST))

@@ -211,7 +211,6 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
             "--references always trains source-only and oracle from the same start, and a whole network that has been "
             "trained before would make neither of them what it is called; leave it out, or start from a backbone"
         )
-    _check_batches(options, network, stages)
     makes = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
@@ -224,6 +223,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
                 f"stage {stage.name} has batches of {stage.batch}, which {options.students} students cannot share "
                 f"evenly; use a number of --students that divides {stage.batch}"
             )
+    _check_batches(options, network, stages)
     folder = named.folder()
     plan = _plan(named, size, network, stages, folder)
     if options.references == "always" and domains.validation is None:

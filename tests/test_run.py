@@ -62,7 +62,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(arguments, known, tmp_pa
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert called(["fly"]) == 2
     assert (
-        "unknown command 'fly'; known are adapt, tune, evaluate, predict, report, export, labels, data"
+        "unknown command 'fly'; known are adapt, tune, evaluate, predict, report, export, labels, plan, data"
         in capsys.readouterr().err
     )
 

@@ -123,6 +123,7 @@ def watched(tmp_path, monkeypatch, started):
         make_showcase=lambda: None,
         make_source_scorer=lambda: None,
         target_reader=None,
+        learners=0,
         domains=SimpleNamespace(target=range(8), validation=range(4)),
     )
     run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {}, None)

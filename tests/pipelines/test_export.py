@@ -7,9 +7,10 @@ import torch
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
+from models.networks.bisenet import BiSeNet, BiSeNetConfig
 from models.networks.build import Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from models.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
+from models.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator, SeparableDiscriminator
 from pipelines.export import export
 from pipelines.options import AdaptOptions, write_config
 from pipelines.recipes.proda import given_prototypes
@@ -188,6 +189,52 @@ def test_the_file_of_proda_has_the_published_names_and_shapes_at_full_size(proda
     assert {name: list(tensor.shape) for name, tensor in state.items()} == keys
 
 
+@pytest.fixture
+def bisenet(tmp_path):
+    """A run of the published BiSeNet on a ResNet-18, with a checkpoint of two of its epochs, and its network."""
+    setup, _ = finished_run(tmp_path)
+    build = Build(BiSeNetConfig())
+    describe(replace(setup, plan=replace(setup.plan, network=build)))
+    torch.manual_seed(0)
+    network = build()
+    save(setup.plan.folder, 250, network)
+    return setup, network
+
+
+def test_a_run_of_bisenet_is_written_in_the_container_of_the_published_runs(bisenet, tmp_path):
+    """All names begin as those of several devices do, and the context path is there twice (methods 8.5)."""
+    setup, network = bisenet
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert (done.weights.name, done.beside) == ("bisenet_250.pth", ())
+    found = torch.load(done.weights, weights_only=True)
+    assert set(found) == {"model_state", "total_epoch_so_far"}
+    assert found["total_epoch_so_far"] == 2
+    shapes = {name.removeprefix("module."): list(tensor.shape) for name, tensor in found["model_state"].items()}
+    assert all(name.startswith("module.") for name in found["model_state"])
+    copies = {name: shape for name, shape in shapes.items() if name.startswith("context_path.features.")}
+    keys = json.loads((GOLDEN / "bisenet_keys.json").read_text())["bisenet_resnet18"]
+    assert {name: shape for name, shape in shapes.items() if name not in copies} == keys
+    inner = {name: shape for name, shape in keys.items() if name.startswith("context_path.")}
+    aliases = {name.replace("context_path.", "context_path.features.", 1): shape for name, shape in inner.items()}
+    fc = {"context_path.features.fc.weight": [1000, 512], "context_path.features.fc.bias": [1000]}
+    assert copies == aliases | fc
+    other = BiSeNet(BiSeNetConfig())
+    load_initial(str(done.weights), other)
+    torch.testing.assert_close(dict(other.state_dict()), dict(network.state_dict()))
+
+
+def test_the_discriminator_of_a_bisenet_goes_along(bisenet, tmp_path):
+    setup, network = bisenet
+    critic = SeparableDiscriminator(19).state_dict()
+    save(setup.plan.folder, 251, network, {"inner": {"discriminator": critic}})
+    found = torch.load(export(setup.plan.folder, str(tmp_path / "out")).weights, weights_only=True)
+    assert set(found) == {"model_state", "model_d_state", "total_epoch_so_far"}
+    keys = json.loads((GOLDEN / "bisenet_keys.json").read_text())["dsc"]
+    assert {name: list(tensor.shape) for name, tensor in found["model_d_state"].items()} == {
+        f"module.{name}": shape for name, shape in keys.items()
+    }
+
+
 def test_a_layout_of_another_system_is_refused_with_the_one_that_fits(proda, tmp_path):
     setup, _ = proda()
     with pytest.raises(RunError, match=r"heads of proda, which the layout mrnet cannot hold; .* --layout proda"):
@@ -195,6 +242,8 @@ def test_a_layout_of_another_system_is_refused_with_the_one_that_fits(proda, tmp
     other, _ = finished_run(tmp_path / "other")
     with pytest.raises(RunError, match=r"heads of mrnet, which the layout proda cannot hold; .* --layout mrnet"):
         export(other.plan.folder, str(tmp_path / "out"), "proda")
+    with pytest.raises(RunError, match=r"heads of mrnet, which the layout bisenet cannot hold; .* --layout mrnet"):
+        export(other.plan.folder, str(tmp_path / "out"), "bisenet")
     assert not (tmp_path / "out").exists()
 
 
@@ -207,6 +256,6 @@ def test_a_run_without_a_checkpoint_and_a_full_disk_are_sentences(tmp_path, monk
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunError, match=r"the weights cannot be written to .*out: .*No space left"):
         export(setup.plan.folder, str(tmp_path / "out"))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
     with pytest.raises(RunError, match="is no run directory"):
         export(str(tmp_path), str(tmp_path / "out"))

@@ -126,7 +126,7 @@ def test_a_full_disk_is_a_sentence(run, tmp_path, monkeypatch):
 
 def test_without_a_run_the_newest_is_taken(run, tmp_path):
     done = predict([str(tmp_path / "own/source/photos")], str(tmp_path / "out"), lambda *_: None, runs=run.options.runs)
-    assert done.run == run.options.folder()
+    assert done.origin == run.options.folder()
 
 
 def test_pictures_that_lie_where_the_results_go_are_left_out_and_told(run, tmp_path):

@@ -56,6 +56,7 @@ class MetaPseudoLabelsOptions:
         "thresholds": ("class", "published"),
         "pixels": ("imagenet", "published"),
         "restart": ("changed", "always"),
+        "labels_by": ("average", "teacher"),
         "teacher_adversarial": (0.001, 1.0),
         "teacher_discriminator": ("teacher", "student"),
         "noise": (25.0, 1.0),
@@ -91,6 +92,9 @@ class MetaPseudoLabelsOptions:
     teacher_rate: float | None = None
     """Learning rate of the teacher in the last stage. Default: 0.0125 at full size, as published, and a tenth of the
     student's on small presets."""
+    labels_by: Literal["auto", "average", "teacher"] = "auto"
+    """Whose labels student and teacher learn from in the last stage: the teacher's exponential moving average, or the
+    teacher itself, as published. auto: average, and teacher with --faithful."""
     teacher_adversarial: float | None = None
     """Weight of the teacher's adversarial loss (Q-BI-8). Default: 0.001, and 1 with --faithful."""
     teacher_discriminator: Literal["auto", "teacher", "student"] = "auto"
@@ -198,6 +202,7 @@ def _meta(ingredients: Ingredients, options: MetaPseudoLabelsOptions) -> StagePl
     student_rate = _rate(schedule, full)
     teacher_rate = _rate(replace(schedule, learning_rate=options.teacher_rate), full)
     term, width = segmentation_term(ingredients), _width(preset)
+    decay = preset.ema_decay if options.labels_by == "average" else None
     if options.teaching == "alternating":
         objective = partial(
             AlternatingObjective,
@@ -209,6 +214,7 @@ def _meta(ingredients: Ingredients, options: MetaPseudoLabelsOptions) -> StagePl
             _sgd(ingredients),
             (student_rate, teacher_rate),
             preset.clip_norm,
+            decay,
         )
         return _stage(seen, options, 2, name="meta pseudo labels", objective=objective, keeps_before=True, **more)
     teacher = _stage(
@@ -218,7 +224,7 @@ def _meta(ingredients: Ingredients, options: MetaPseudoLabelsOptions) -> StagePl
         name="teacher",
         objective=partial(TeacherObjective, term, options, width, OwnLabels(rule, view), student_rate, schedule.steps),
         learning_rate=teacher_rate,
-        ema_decay=None,
+        ema_decay=decay,
     )
     return _stage(
         seen,

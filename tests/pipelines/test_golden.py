@@ -26,6 +26,9 @@ RUNS = {
     "eplc": {"recipe": "eplc"},
     "proda": {"recipe": "proda", "proda": ProdaOptions(denoise="student")},
     "proda, published": {"recipe": "proda", "faithful": True},
+    "meta pseudo labels": {"recipe": "meta_pseudo_labels"},
+    "meta pseudo labels, published": {"recipe": "meta_pseudo_labels", "faithful": True},
+    "light student": {"recipe": "mrnet", "student_network": "bisenet18", "steps": STEPS // 2},
     "eplc, published, min": {"recipe": "eplc", "faithful": True, "eplc": EplcOptions(selection="min")},
 }
 

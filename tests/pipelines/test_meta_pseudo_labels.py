@@ -312,7 +312,8 @@ def alternating(options=OPTIONS, before=None, student=None):
     labels = OwnLabels(MedianRule(CLASSES, (64, 32)), Whole("rgb_imagenet"))
     rates = (lambda step: 0.25, lambda step: 0.1)
     made = context(network=student, before=before or network_of(7))
-    return AlternatingObjective(TERM, options, WIDTH, lambda step: 1e-4, labels, sgd, rates, None, made), student
+    decay = 0.75 if options.labels_by == "average" else None
+    return AlternatingObjective(TERM, options, WIDTH, lambda step: 1e-4, labels, sgd, rates, None, decay, made), student
 
 
 def step(objective, network, seen, info=INFO):
@@ -371,6 +372,21 @@ def test_a_whole_turn_equals_methods_6_3(where, share):
     assert told["teacher/discriminator"].item() == pytest.approx(
         0.5 * bce(maps[0], target=False) + 0.5 * bce(maps[1], target=True), rel=1e-4
     )
+
+
+def test_the_teachers_average_labels_in_its_place():
+    objective, student = alternating()
+    start = objective.labeller.conv.weight.clone()
+    assert torch.equal(start, objective.teacher.conv.weight)
+    step(objective, student, batch(1, labels=False))
+    expected = 0.75 * start + 0.25 * objective.teacher.conv.weight
+    torch.testing.assert_close(objective.labeller.conv.weight, expected)
+    asked = []
+    objective.labels.of = lambda network, seen: asked.append(network) or torch.zeros(2, 32, 64, dtype=torch.int64)
+    objective.losses(student, batch(labels=False), INFO)
+    assert asked == [objective.labeller]
+    published, _ = alternating(replace(OPTIONS, labels_by="teacher"))
+    assert published.labeller is published.teacher
 
 
 def test_the_student_does_not_learn_from_the_teachers_loss_nor_the_teacher_from_the_students():

@@ -774,6 +774,11 @@ def _print_labels(results: dict[str, Any], console: Console) -> None:
             f"the student waited for labels {wait:.2%} of its time",
             highlight=False,
         )
+    learner = results.get("trainable_teacher")
+    if learner:
+        age = learner["reward_age_steps"]
+        heard = "" if age is None else f"; its last reward was for labels {age} steps old"
+        console.print(f"the teacher took {learner['steps']} steps beside its student{heard}", highlight=False)
     if results.get("skipped"):
         console.print(f"{len(results['skipped'])} unreadable images were skipped: {results['skipped'][0]} …")
 

@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> None:
             board,
         )
         ray.get(bank.status.remote([teacher]))
-        handles = Handles(board, bank, None, setup.label_rows())
+        handles = Handles(board, bank, label_rows=setup.label_rows())
         rows = ray.get(ray.remote(num_cpus=1)(measure).remote(setup, handles, given.rounds, given.steps))
         ray.shutdown()
     parts = ("engine", "bare", "data_wait", "join", "augment", "step")

@@ -3,8 +3,8 @@
     python -m bench.light_student rows --seeds 0 1 2     every row for every seed, with source-only, AdaBN and oracle
     python -m bench.light_student page                   the table in docs/bisenet.md, from the results
 
-Rows are runs of their own, of 1,100 steps of the scored network. Meta pseudo labels start both ways of teaching from
-the same second stage. The heavy teacher is EPLC's network, which is trained for 1,100 steps before its student is.
+Rows are runs of their own, of 600 steps of the scored network. Meta pseudo labels start both ways of teaching from
+the same second stage. The heavy teacher is EPLC's network, which is trained for 600 steps before its student is.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from bench.marked import write_between
 RESULTS = ROOT / "docs/results/light-student.json"
 PAGE = ROOT / "docs/bisenet.md"
 MPL = ["--recipe", "meta_pseudo_labels"]
-STEPS = 1100
+STEPS = 600
 ADVERSARIAL = ["--to-stage", "1", "--steps", str(round(STEPS / 0.4))]
 MEDIAN = ["--to-stage", "2", "--steps", str(round(STEPS / 0.7))]
+WHOLE = [*MPL, "--steps", str(STEPS)]
 ROWS: dict[str, list[str]] = {
     "adversarial, FCD": [*MPL, *ADVERSARIAL, "--meta-pseudo-labels.discriminator", "fcd"],
     "adversarial, DSC": [*MPL, *ADVERSARIAL, "--references", "always"],
     "+ median labels": [*MPL, *MEDIAN],
-    "+ meta pseudo labels, alternating": [*MPL, "--meta-pseudo-labels.teaching", "alternating"],
-    "+ meta pseudo labels, asynchronous": [*MPL, "--meta-pseudo-labels.teaching", "asynchronous", "--from-stage", "3"],
-    "labels of a heavy EPLC teacher": ["--recipe", "eplc", "--student-network", "bisenet18"],
+    "+ meta pseudo labels, alternating": [*WHOLE, "--meta-pseudo-labels.teaching", "alternating"],
+    "+ meta pseudo labels, asynchronous": [
+        *WHOLE,
+        "--meta-pseudo-labels.teaching",
+        "asynchronous",
+        "--from-stage",
+        "3",
+    ],
+    "labels of a heavy EPLC teacher": ["--recipe", "eplc", "--student-network", "bisenet18", "--steps", str(STEPS)],
 }
 ALTERNATING, ASYNCHRONOUS = list(ROWS)[3:5]
 

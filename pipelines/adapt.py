@@ -238,7 +238,8 @@ class Run:
         teachers = self.teacher_status
         if not teachers:  # resumed after its last step: no bank began, and the last one's words are in the metrics
             teachers = next(reversed(read_history(folder / "metrics.jsonl").of("teachers")), {})
-        results = assemble(self.setup, scores, student, teachers, self.seconds, label_free=label_free)
+        learner = next(reversed(read_history(folder / "metrics.jsonl").of("trainable_teacher")), None)
+        results = assemble(self.setup, scores, student, teachers, self.seconds, label_free=label_free, learner=learner)
         write_json(folder / "results.json", results)
         try:
             if confusion is not None:

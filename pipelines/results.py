@@ -23,6 +23,8 @@ from pipelines.setup import Setup
 
 ROW_NAMES = {"source_only": "source-only", "adabn": "AdaBN", "adapted": "adapted", "oracle": "oracle"}
 """The rows of the score table, in order, and what people call them."""
+LEARNER = ("steps", "reward_age_steps", "coefficient")
+"""What is kept of a teacher that learns: its optimiser steps, the age of its newest reward, what that made of it."""
 CONFUSION = "confusion.csv"
 """Confusion matrix of the adapted network at the last step, in a run directory."""
 
@@ -49,6 +51,7 @@ def assemble(
     seconds: dict[str, float],
     *,
     label_free: dict[str, Any],
+    learner: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the result.
 
@@ -60,6 +63,7 @@ def assemble(
         seconds: wall-clock seconds by phase.
         label_free: signals of the last step, ``recommended`` (the step that looks best without labels) and its
             ``recommended_score``.
+        learner: last words of a teacher that learned beside its student; None without one.
     """
     source, oracle = scores.get("source_only"), scores.get("oracle")
     return {
@@ -87,6 +91,7 @@ def assemble(
         "teachers": {
             key: teachers.get(key) for key in ("images_per_s", "idle_share", "labels_made", "teacher_failures")
         },
+        "trainable_teacher": None if learner is None else {key: learner.get(key) for key in LEARNER},
         "label_age_steps": student["label_age_steps"],
         "label_free": label_free,
         "skipped": student["skipped"],

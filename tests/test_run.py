@@ -263,6 +263,7 @@ def test_the_commands_of_the_readme_parse():
         "predict": run.PredictOptions,
         "report": run.ReportOptions,
         "export": run.ExportOptions,
+        "plan": run.PlanOptions,
         "labels export": run.ExportLabelsOptions,
         "labels import": run.ImportLabelsOptions,
         "data sample": run.SampleOptions,

@@ -199,7 +199,8 @@ def _meta(ingredients: Ingredients, options: MetaPseudoLabelsOptions) -> StagePl
     rule, view = _rule(ingredients, options), _view(ingredients, options, 2, "target")
     assert options.teacher_rate is not None
     schedule, full = preset.stages[2], preset.name == "full"
-    student_rate = _rate(schedule, full)
+    # H is made of the student's rate; a random network's would make it a thousand times as large as it ever was.
+    student_rate = _rate(schedule if full else replace(schedule, learning_rate=RATES[2]), full)
     teacher_rate = _rate(replace(schedule, learning_rate=options.teacher_rate), full)
     term, width = segmentation_term(ingredients), _width(preset)
     decay = preset.ema_decay if options.labels_by == "average" else None

@@ -15,7 +15,17 @@ DESIGN = {
     "teachers": "images_per_s idle_share",
     "label_age_steps": "p50 p95 max",
 }
-EXTRAS = {"class_names", "stages", "steps", "labels", "skipped", "label_free", "target_labels", "run"}
+EXTRAS = {
+    "class_names",
+    "stages",
+    "steps",
+    "labels",
+    "skipped",
+    "label_free",
+    "target_labels",
+    "run",
+    "trainable_teacher",
+}
 STUDENT = {
     "images_per_s": 10.0,
     "seconds": 12.0,

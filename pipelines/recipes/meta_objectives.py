@@ -210,6 +210,7 @@ class TeacherLosses:
             "adversarial": self.options.teacher_adversarial * self.critic.fooled(maps[1]),
             "pseudo": coefficient * self.plain.of_logits(target, label, self.even),
         }
+        assert self.options.noise_share is not None
         if torch.rand((), generator=torch.Generator().manual_seed(seed)).item() < self.options.noise_share:
             with norm_statistics(network, update=self.options.statistics == "running"):
                 noisy = network(noisy_rectangle(batch.target, self.deviation, seed))

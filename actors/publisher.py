@@ -129,9 +129,14 @@ class Publisher:
         boards = list(dict.fromkeys(board for board, here in wanted if here))
         self._pending = self._pool.submit(self._put, boards, version, weights, pin)
 
-    def rewind(self, step: int) -> None:
-        """Tell board and bank that the student stands at an earlier step than they may have seen."""
-        for board in dict.fromkeys((self.board, self.labelling, self.bank)):
+    def rewind(self, step: int, *, labels: bool = True) -> None:
+        """Tell boards and bank that the student stands at an earlier step than they may have seen.
+
+        Args:
+            step: where it stands.
+            labels: False where a teacher writes the board from which labels are made: its weights are as good as ever.
+        """
+        for board in dict.fromkeys((self.board, self.labelling if labels else self.board, self.bank)):
             try:
                 if board is not None:
                     ray.get(board.rewind.remote(step))

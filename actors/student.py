@@ -232,7 +232,7 @@ class Student:
         elif self.plan.initial is not None:
             self.plan.initial(self.network)
         if self.link.publisher is not None:
-            self.link.publisher.rewind(self.step)
+            self.link.publisher.rewind(self.step, labels=self.plan.stages[first].teacher is None)
         teaching: TeachingNetwork | None = None
         done = self.step >= self.plan.total_steps
         for index in range(first, 0 if done else len(self.plan.stages)):

@@ -32,6 +32,10 @@ LOOK_SECONDS = 0.25
 WAIT_SECONDS = 0.02
 
 
+class StoppedBeforeError(Exception):
+    """A teacher was stopped before it had weights; there is nothing of it to save."""
+
+
 class News:
     """The newest standing of the student, as of the last answer that has arrived. Nothing of it blocks.
 
@@ -113,7 +117,7 @@ class TeachersPublisher(Publisher):
         """
         super().publish(self.student_step(), network, pin=False)
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, *, labels: bool = True) -> None:
         """Labels of weights that this teacher has lost are as good as they were."""
 
 
@@ -225,7 +229,10 @@ class TrainableTeacher:
                 continue
             plan = teachers_plan(self.plan, stage, self._may_step, self._first_weights)
             link = TeacherLink(self.news, self.board, self.run_log, self.stopping)
-            steps = Student(plan, link, 0, 1, device).run()["step"]
+            try:
+                steps = Student(plan, link, 0, 1, device).run()["step"]
+            except StoppedBeforeError:
+                break
         return {"steps": steps}
 
     def stop(self) -> None:
@@ -245,19 +252,28 @@ class TrainableTeacher:
         return self.stopping.is_set() or step < standing.step - standing.first_step
 
     def _first_weights(self, network: nn.Module) -> None:
-        """Those that the student hung up when its stage began."""
-        first = self.news.newest().first_step
+        """Those that the student hung up when its stage began.
 
-        def there() -> bool:
-            newest = ray.get(self.board.newest_version.remote())
-            return newest is not None and newest >= first
+        Raises:
+            StoppedBeforeError: :meth:`stop` came before they hung there.
+        """
+        first, found = self.news.newest().first_step, list[Mapping[str, np.ndarray]]()
 
-        if not self._wait(there):
-            return
-        version = ray.get(self.board.nearest_version.remote(first))
-        references: Sequence[Any] = ray.get(self.board.take.remote(version))
-        weights: Mapping[str, np.ndarray] = ray.get(references[0])
-        load_weights(network, weights)
+        def taken() -> bool:
+            try:
+                newest = ray.get(self.board.newest_version.remote())
+                if newest is None or newest < first:
+                    return False
+                version = ray.get(self.board.nearest_version.remote(first))
+                references: Sequence[Any] = ray.get(self.board.take.remote(version))
+                found.append(ray.get(references[0]))
+            except (ray.exceptions.RayError, LookupError):  # a board that starts again, or a version just replaced
+                return False
+            return True
+
+        if not self._wait(taken):
+            raise StoppedBeforeError
+        load_weights(network, found[0])
 
     def _wait(self, until: Callable[[], bool]) -> bool:
         """Wait for something; False when :meth:`stop` came first."""

@@ -61,7 +61,7 @@ class Shelf:
         if self.age is not None or not self.versions:
             self.versions.append((version, self.newest))
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, **more: Any) -> None:
         """Nothing was published before."""
 
     def flush(self) -> None:

@@ -296,7 +296,7 @@ class Run:
                 self.labelling,
                 setup.options.threads,
             )
-        if self.rewards is not None:
+        if self.rewards is not None and self.bank is not None:
             kind = ray.remote(TrainableTeacher).options(
                 max_restarts=-1, max_task_retries=-1, max_concurrency=2, **actor_options(self.shares.teacher)
             )

@@ -14,15 +14,15 @@ BufferRule = Literal["average", "copy"]
 
 @contextmanager
 def norm_statistics(network: nn.Module, update: bool) -> Iterator[None]:
-    """Decides whether forward passes inside it write the batch norms' running statistics.
+    """Decides whether forward passes inside it write the batch norms' running statistics; inside a no, yes is no.
 
     In training mode a batch is always normalised by its own statistics, whatever this says; in evaluation
     mode nothing changes. So a target pass can leave the running statistics to the source, or the reverse.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     before = [norm.track_running_stats for norm in norms]
-    for norm in norms:
-        norm.track_running_stats = update
+    for norm, tracked in zip(norms, before, strict=True):
+        norm.track_running_stats = update and tracked
     try:
         yield
     finally:

@@ -257,8 +257,9 @@ class FakePublisher:
         self.published.append((version, pin, weights))
         self.boards.append((shown, labels))
 
-    def rewind(self, step):
+    def rewind(self, step, *, labels=True):
         self.rewound.append(step)
+        self.rewound_labels = labels
 
     def flush(self):
         pass

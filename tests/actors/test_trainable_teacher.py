@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import ray
 import torch
 from fakes import (
     FakeLink,
@@ -267,6 +268,43 @@ def test_it_waits_for_its_stage_until_it_is_stopped(tmp_path, monkeypatch):
     made = a_teacher(taught(tmp_path), weights, rewards, Log())
     made.stop()
     assert made.run() == {"steps": 0}
+
+
+def test_one_that_is_stopped_before_it_has_weights_saves_nothing(tmp_path, monkeypatch):
+    """Or a resume would take up a teacher with random ones."""
+    _, rewards, _ = boards(monkeypatch, step=6)
+    made = a_teacher(taught(tmp_path), WeightBoard(), rewards, Log())
+    threading.Timer(0.2, made.stop).start()
+    assert made.run() == {"steps": 0}
+    assert CheckpointStore(tmp_path / "teacher" / "2" / "checkpoints").steps() == []
+
+
+def test_a_board_that_is_just_restarting_is_asked_again_for_the_first_weights(tmp_path, monkeypatch):
+    weights, rewards, start = boards(monkeypatch, step=6)
+    answers = [None, ray.exceptions.RayActorError(), 4]
+
+    class Restarting(WeightBoard):
+        def newest_version(self):
+            answer = answers.pop(0) if answers else weights.newest_version()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    board = Restarting()
+    board._alive, board._pinned = weights._alive, 4
+    begun = []
+    assert a_teacher(taught(tmp_path, partial(Watching, begun=begun)), board, rewards, Log()).run() == {"steps": 6}
+    assert answers == []
+    assert np.array_equal(begun[0].start["conv.weight"].numpy(), start["conv.weight"])
+
+
+def test_a_student_that_comes_back_leaves_the_teachers_weights_where_they_hang(tmp_path):
+    plan, link = taught(tmp_path, checkpoint_every=1), FakeLink(views={1: FakeView})
+    Student(plan, link, 0, 1, CPU).run()
+    assert link.publisher.rewound_labels, "it began with an ordinary stage"
+    again = FakeLink(views={1: FakeView})
+    Student(plan, again, 0, 1, CPU).run()
+    assert not again.publisher.rewound_labels
 
 
 def test_its_plan_is_one_stage_in_a_folder_of_its_own(tmp_path):

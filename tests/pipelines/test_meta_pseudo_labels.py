@@ -11,12 +11,15 @@ import torch.nn.functional as F
 
 from actors.errors import RunError
 from actors.protocols import Batch, ObjectiveContext, Reward, StepInfo
+from actors.student import Student
+from bench.alone import AloneLink, Shelf, _direct
 from models.meta import noisy_rectangle
 from models.networks.bisenet import BiSeNet, BiSeNetConfig
 from models.networks.build import Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
 from pipelines.benchmarks import benchmark
 from pipelines.label_rules import MedianRule
+from pipelines.options import AdaptOptions
 from pipelines.recipes import recipe
 from pipelines.recipes.meta_objectives import (
     REWARD,
@@ -29,6 +32,7 @@ from pipelines.recipes.meta_objectives import (
 from pipelines.recipes.meta_pseudo_labels import MetaPseudoLabelsOptions, decide
 from pipelines.recipes.recipe import Ingredients, preset
 from pipelines.recipes.supervised import SegmentationTerm
+from pipelines.setup import resolve
 from pipelines.views import RandomCrop, Whole, network_input, normalised
 
 CLASSES, WIDTH = 3, 4
@@ -483,3 +487,30 @@ def test_published_means_and_imagenets_are_what_networks_read():
     assert normalised(gray, "rgb_imagenet").flatten().tolist() == pytest.approx(
         [(100 / 255 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225], rel=1e-5
     )
+
+
+@pytest.mark.slow
+def test_a_run_in_strict_turns_that_was_stopped_has_the_losses_of_one_that_was_not(tmp_path, tiny_folder, monkeypatch):
+    """Steps 15 to 20 have a teacher in the objective; the run stops in their middle."""
+    monkeypatch.setattr("actors.student.STOP_CHECK_SECONDS", 0.0)
+    given = {"recipe": "meta_pseudo_labels", "preset": "tiny", "steps": 20, "refresh": "once", "references": "never"}
+    setup = resolve(AdaptOptions(name="x", runs=str(tmp_path), data=str(tiny_folder / "data"), **given))
+    plan = replace(setup.plan, stages=tuple(map(_direct, setup.plan.stages)), log_every=1, checkpoint_every=0)
+
+    def run(folder, stops_after=None):
+        link = AloneLink(setup, Shelf(None))
+        link.stop_requested = lambda: len([kind for kind, *_ in link.lines if kind == "train"]) == stops_after
+        Student(replace(plan, folder=str(tmp_path / folder)), link, 0, 1, torch.device("cpu")).run()
+        names = ("loss", "teacher", "discriminator", "labels/")
+        return {
+            step: {name: value for name, value in numbers.items() if name.startswith(names) and "/" in name}
+            for kind, step, numbers in link.lines
+            if kind == "train"
+        }
+
+    expected = run("whole")
+    assert {"teacher/coefficient", "loss/pseudo"} <= expected[20].keys()
+    before = run("stopped", stops_after=17)
+    after = run("stopped")
+    assert (max(before), min(after)) == (17, 18)
+    assert {**before, **after} == expected

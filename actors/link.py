@@ -18,6 +18,7 @@ from actors.label_view import LabelView, Transport
 from actors.labeller import own_device, prepare_torch
 from actors.protocols import Reward, RunPlan
 from actors.publisher import Publisher
+from actors.reward_board import Standing
 from actors.student import Student
 
 
@@ -95,10 +96,10 @@ class ClusterLink:
         if self.handles.rewards is not None:
             self.handles.rewards.begin.remote(stage, first_step, step)
 
-    def send(self, reward: Reward) -> None:
+    def tell(self, standing: Standing) -> None:
         """Hang it on the reward board."""
         if self.handles.rewards is not None:
-            self.handles.rewards.post.remote(reward)
+            self.handles.rewards.post.remote(standing)
 
     def reward(self) -> Reward | None:
         """A student is not rewarded."""

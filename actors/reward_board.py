@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.protocols import Reward
 
@@ -34,10 +34,13 @@ class RewardBoard:
         """A stage begins, or goes on after a resume: what was said before it is of another time."""
         self.standing = Standing(stage, first_step, step)
 
-    def post(self, reward: Reward) -> None:
-        """Hang up a reward in the place of the one before; it also tells the student's step."""
-        now = self.standing
-        self.standing = Standing(now.stage, now.first_step, reward.step, reward)
+    def post(self, standing: Standing) -> None:
+        """Where the student stands now; without a new reward the last one of its stage stays.
+
+        Every word names the stage, so a board that starts again knows all that it needs with the next one.
+        """
+        last = self.standing.reward if standing.stage == self.standing.stage else None
+        self.standing = standing if standing.reward is not None else replace(standing, reward=last)
 
     def look(self) -> Standing:
         """What hangs there."""

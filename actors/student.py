@@ -34,6 +34,7 @@ from actors.protocols import (
     StepInfo,
 )
 from actors.publisher import Publisher, TeachingNetwork
+from actors.reward_board import Standing
 from models.networks.statistics import norm_statistics
 from models.schedule import set_rate
 
@@ -77,8 +78,8 @@ class Link(Protocol):
         """Tell a teacher that learns that its stage begins, or goes on; never blocks."""
         ...
 
-    def send(self, reward: Reward) -> None:
-        """Tell that teacher how its student fares; never blocks."""
+    def tell(self, standing: Standing) -> None:
+        """Tell that teacher where its student stands and how it fares; never blocks."""
         ...
 
     def reward(self) -> Reward | None:
@@ -587,14 +588,16 @@ class Student:
                 **summary,
             }
             self.link.write("train", self.step, numbers)
-            if stage.plan.reward:
-                self._send_reward(stage, dict(zip(names, means, strict=True)), ages["p50"])
+            if stage.plan.teacher is not None:
+                reward = self._reward(stage, dict(zip(names, means, strict=True)), ages["p50"])
+                self.link.tell(Standing(stage.index, stage.first_step, self.step, reward))
 
-    def _send_reward(self, stage: StageState, means: dict[str, float], age: int | None) -> None:
-        """Tell the teacher what the student's losses were on labels of which weights; nothing without labels."""
-        if age is not None:
-            terms = {name: means[name] for name in stage.plan.reward}
-            self.link.send(Reward(self.step, self.step - stage.first_step, self.step - age, terms))
+    def _reward(self, stage: StageState, means: dict[str, float], age: int | None) -> Reward | None:
+        """What the student's losses were on labels of which weights; None without labels."""
+        if age is None:
+            return None
+        terms = {name: means[name] for name in stage.plan.reward}
+        return Reward(self.step, self.step - stage.first_step, self.step - age, terms)
 
     def _keep_finite(self, stage: StageState) -> None:
         """Go back if the weights are broken; their loss was looked at before the step that broke them."""

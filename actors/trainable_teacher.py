@@ -59,7 +59,7 @@ class News:
     def newest(self) -> Standing:
         """Take what has arrived, and ask again if that is some time ago."""
         if self._asked is not None and self._ready(self._asked):
-            with contextlib.suppress(ray.exceptions.RayError):  # a board that starts again hears the next reward
+            with contextlib.suppress(ray.exceptions.RayError):  # a board that starts again hears the next word
                 self._last = self._get(self._asked)
             self._asked = None
         if self._asked is None and time.monotonic() - self._asked_at >= LOOK_SECONDS:
@@ -111,11 +111,12 @@ class TeachersPublisher(Publisher):
         self.student_step = student_step
 
     def publish(self, version: int, network: nn.Module, *, pin: bool, **more: Any) -> None:
-        """See :class:`actors.publisher.Publisher`; a version that hangs there already is replaced, and none is pinned.
-
-        The first version of a stage is pinned by the student.
-        """
-        super().publish(self.student_step(), network, pin=False)
+        """See :class:`actors.publisher.Publisher`; none is pinned: the first version of a stage is, by the student."""
+        # A student that came back stands before versions that hang there: later ones must not look older than they.
+        step = self.student_step()
+        if self.version is not None and step < self.version:
+            step = self.version + 1
+        super().publish(step, network, pin=False)
 
     def rewind(self, step: int, *, labels: bool = True) -> None:
         """Labels of weights that this teacher has lost are as good as they were."""
@@ -170,7 +171,7 @@ class TeacherLink:
     def begin_teaching(self, stage: int, first_step: int, step: int) -> None:
         """It has no teacher."""
 
-    def send(self, reward: Reward) -> None:
+    def tell(self, standing: Standing) -> None:
         """It has no teacher."""
 
 
@@ -215,7 +216,7 @@ class TrainableTeacher:
         self.stopping = threading.Event()
 
     def run(self) -> dict[str, Any]:
-        """Learn until the student's last stage with such a teacher, or :meth:`stop`, ends it.
+        """Learn until the last stage with such a teacher is done, or :meth:`stop`.
 
         Returns:
             ``{"steps": optimiser steps of the last stage}``.

@@ -18,6 +18,7 @@ from torch import nn
 
 from actors.labeller import Networks, label_seed
 from actors.protocols import ImageReader, LabelPlan, RawBatch, Reward, RunPlan, StagePlan, Stream, View
+from actors.reward_board import Standing
 from actors.student import Student
 from pipelines.blocks import read_block
 from pipelines.setup import Setup
@@ -175,7 +176,7 @@ class AloneLink:
     def begin_teaching(self, stage: int, first_step: int, step: int) -> None:
         """No teacher learns."""
 
-    def send(self, reward: Reward) -> None:
+    def tell(self, standing: Standing) -> None:
         """Nobody hears of it."""
 
     def reward(self) -> Reward | None:

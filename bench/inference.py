@@ -2,6 +2,7 @@
 
     python -m bench.inference                                          BiSeNet on a ResNet-18, 1024×512
     python -m bench.inference --out docs/results/inference.json        and keep the figures
+    python -m bench.inference page                                     the table in docs/bisenet.md, from those figures
     python -m bench.inference --size 256 128 --rounds 2 --baseline-rounds 1     whether it works at all
 
 Every way maps the same picture (RGB, 0 to 255) to class scores at its size, pixel normalisation and enlargement
@@ -38,6 +39,8 @@ environment.prepare()
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from bench.command_runs import ROOT  # noqa: E402
+from bench.marked import write_between  # noqa: E402
 from models.networks.build import PUBLISHED, Build  # noqa: E402
 from models.networks.deployed import Deployed  # noqa: E402
 from models.networks.segmenter import Segmenter  # noqa: E402
@@ -56,6 +59,7 @@ from pipelines.results import versions  # noqa: E402
 from pipelines.views import PIXELS  # noqa: E402
 
 Size = tuple[int, int]
+RESULTS, PAGE = ROOT / "docs/results/inference.json", ROOT / "docs/bisenet.md"
 NETWORK, BASELINE = "bisenet18", "deeplab101"
 EAGER = "eager"
 GPU_SIZES: tuple[Size, ...] = ((1024, 512), (2048, 1024))
@@ -272,9 +276,30 @@ def on_gpu(given: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def page(found: dict[str, Any]) -> str:
+    """The figures as a table."""
+    cpu, gpu = found["cpu"], found["gpu"]
+    width, height = cpu["size"]
+    lines = ["| one image | | threads | images/s | range | of the eager network's |", "|---|---|---|---|---|---|"]
+    groups = [
+        (f"CPU, {width}×{height}", [*cpu["ways"], *(row for row in cpu["baseline"] if row["network"] == BASELINE)])
+    ]
+    groups += [(f"{found['gpu_name']}, {'×'.join(map(str, part['size']))}", part["ways"]) for part in gpu]
+    for where, rows in groups:
+        for row in rows:
+            low, high = row["images_per_s_range"]
+            threads = "" if row["threads"] is None else str(row["threads"])
+            lines.append(
+                f"| {where}, {row['network']} | {row['way']} | {threads} | {row['images_per_s']:.3g} "
+                f"| {low:.3g} to {high:.3g} | {row['ratio']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("measure", "page"), nargs="?", default="measure")
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 512), help="of the CPU's image, width height")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU thread counts")
     parser.add_argument("--rounds", type=int, default=9, help="times every way has its turn")
@@ -283,6 +308,9 @@ def main() -> None:
     parser.add_argument("--baseline-rounds", type=int, default=2, help="turns of the baseline on the CPU; 0 for none")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
+    if given.what == "page":
+        write_between(PAGE, "rate", page(json.loads(RESULTS.read_text())))
+        return
     found: dict[str, Any] = {
         "network": NETWORK,
         "baseline": BASELINE,

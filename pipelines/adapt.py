@@ -494,7 +494,7 @@ class Run:
             {
                 "name": "references",
                 "text": "training " + " and ".join(plans),
-                "steps": self.setup.plan.total_steps,
+                "steps": max(plan.total_steps for plan in plans.values()),
             },
         )
         task = ray.remote(train_alone).options(max_retries=1, **actor_options(self.shares.student))

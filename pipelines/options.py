@@ -131,9 +131,10 @@ class AdaptOptions(DataOptions):
     all of a student's batch, and at full size with --faithful as many as the published runs had on a device."""
     init: str | None = None
     """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
-    (of MRNet, EPLC or ProDA), a file in stages/ of a run, or a run directory. Default: random."""
+    (of MRNet, EPLC, ProDA or BiSeNet), a file in stages/ of a run, or a run directory. Default: random."""
     student_init: str | None = None
-    """The same for the network of --student-network: a backbone, as a rule. Default: random."""
+    """The same for the network of --student-network: a backbone, as a rule; without one, for the stages of
+    meta_pseudo_labels that begin anew. Default: random, or --init where that is a backbone."""
     from_stage: int = 1
     """First stage to run, of a run that starts from the weights of the stage before (--init). --steps and the preset
     go on counting the stages that are left out."""
@@ -154,7 +155,7 @@ class AdaptOptions(DataOptions):
     """Behave as the published system where the default departs from it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the student's network computes in. auto: bfloat16 on a GPU that has it, float32 elsewhere and with
-    --faithful. Weights, losses, teachers and scores are float32 always."""
+    --faithful, and so of a teacher that learns. Weights, losses, labels and scores are float32 always."""
     refresh: Literal["auto", "continuous", "once"] = "auto"
     """continuous: teachers re-label without end. once: one round of labels before self-training, as published.
     auto: continuous, or once with --faithful."""
@@ -214,7 +215,7 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--from-stage {self.from_stage} needs --init with the weights of the stage before")
         if self.to_stage is not None and self.to_stage < self.from_stage:
             raise RunError(f"--to-stage is {self.to_stage}, before --from-stage {self.from_stage}; no stage would run")
-        if self.student_init is not None and self.student_network is None:
+        if self.student_init is not None and self.student_network is None and not recipe(self.recipe).own_student:
             raise RunError("--student-init belongs to --student-network; give that, too, or --init")
         if self.held_out < 0:
             raise RunError(f"--held-out is {self.held_out}; give a number of images, or 0")

@@ -98,6 +98,11 @@ class Predictor:
     """
 
     def __init__(self, trained: Trained, device: torch.device, passes: int = 0, rate: float = 0.1) -> None:
+        if passes and not trained.network.heads():
+            raise RunError(
+                f"--passes is {passes}, but the network of {trained.folder} has no dropout before its classifiers, so "
+                "all passes would be alike; leave --passes out"
+            )
         self.trained, self.device, self.passes, self.rate = trained, device, passes, rate
         self.origin, self.step, self.classes = trained.folder, trained.step, trained.description.classes
 

@@ -33,9 +33,8 @@ from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, preset
 from pipelines.recipes.supervised import reference_stages
 from pipelines.streams import SampleOrder, SampleStream, SplitReader
 from pipelines.views import input_of
-from pipelines.weights import check_initial, load_backbone, load_initial
+from pipelines.weights import check_initial, load_initial
 
-SMALLEST_CROP = 16
 WATCHED_IMAGES = 32
 """Target images on which label-free signals are measured."""
 
@@ -171,7 +170,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     """
     chosen = recipe(options.recipe)
     pair, open_data = choose_pair(options)
-    size, student = sized_preset(options, pair, chosen), student_config(options, pair)
+    size, student = sized_preset(options, pair, chosen), student_config(options, pair, chosen)
     domains = open_data()
     if options.target_labels is not None:
         domains = domains.with_target_labels(options.target_labels)
@@ -201,9 +200,11 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     own = (stage.network for stage in reversed(stages[: options.from_stage - 1]))
     network: Callable[[], nn.Module] = next((build for build in own if build is not None), Build(size.network))
     whole = False
-    if options.init is not None and to_train:
+    if to_train:
         with torch.device("meta"):
-            whole = check_initial(options.init, network())
+            whole = options.init is not None and check_initial(options.init, network())
+            if options.student_init is not None:
+                check_initial(options.student_init, Build(student or size.network)())
     if options.from_stage > 1 and to_train and not whole:
         raise RunError(f"--from-stage {options.from_stage} needs a whole network; {options.init} is a backbone alone")
     if whole and options.references == "always":
@@ -224,6 +225,11 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
                 f"evenly; use a number of --students that divides {stage.batch}"
             )
     _check_batches(options, network, stages)
+    if whole and options.student_init is None and any(_begins_on(stage, options.init) for stage in stages):
+        raise RunError(
+            f"{options.init} is a whole network, and stages after it begin anew: they would have random weights; give "
+            "the backbone that they begin with as --student-init"
+        )
     folder = named.folder()
     plan = _plan(named, size, network, stages, folder)
     if options.references == "always" and domains.validation is None:
@@ -246,6 +252,8 @@ def _ingredients(
     student: Config | None,
 ) -> Ingredients:
     """What a recipe builds its stages from."""
+    # Stages that begin anew take the backbone of --init, but where that is another stage's network.
+    backbone = options.init if student is not None or options.student_init is None else options.student_init
     return Ingredients(
         preset=size,
         num_classes=len(pair.classes.names),
@@ -265,8 +273,9 @@ def _ingredients(
         to_train=to_train,
         regular=pair.regular,
         student=student,
-        backbone=None if options.init is None else partial(load_backbone, options.init),
+        backbone=None if backbone is None else partial(load_initial, backbone),
         student_backbone=None if options.student_init is None else partial(load_initial, options.student_init),
+        given=options.pseudo_labels is not None,
         source=_opener(domains.source, options.seed, "source", cache),
         target=_opener(domains.target, options.seed, "target", cache),
         target_labelled=None
@@ -305,8 +314,7 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Pres
     Raises:
         RunError: there is no such preset, or what is asked for leaves too few steps or pixels.
     """
-    own = getattr(options, options.recipe)
-    size = chosen.fitted(preset(options.resolved_preset, pair), pair, own, options.faithful)
+    size = _fitted(options, pair, chosen)
     if options.teacher_network is not None:
         size = replace(size, network=_named_network("teacher", options.teacher_network, size, chosen.networks))
     if options.label_scale is not None:
@@ -324,15 +332,21 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Pres
     if options.scale != 1:
         size = size.with_scale(options.scale)
         smallest = min(min(stage.crop) for stage in size.stages)
-        if smallest < SMALLEST_CROP:
+        if smallest < chosen.smallest_crop:
             raise RunError(
-                f"--scale {options.scale:g} leaves crops {smallest} pixels wide or high; a network that sees every "
-                f"eighth pixel needs {SMALLEST_CROP}. Give a larger scale."
+                f"--scale {options.scale:g} leaves crops {smallest} pixels wide or high; the networks of recipe "
+                f"{chosen.name} need {chosen.smallest_crop}. Give a larger scale."
             )
     return size
 
 
-def student_config(options: AdaptOptions, pair: Benchmark) -> Config | None:
+def _fitted(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Preset:
+    """The preset of the options as a recipe runs it."""
+    own = getattr(options, options.recipe)
+    return chosen.fitted(preset(options.resolved_preset, pair), pair, own, options.faithful)
+
+
+def student_config(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Config | None:
     """The network of ``--student-network``; None where the recipe's own is all there is.
 
     Raises:
@@ -340,8 +354,7 @@ def student_config(options: AdaptOptions, pair: Benchmark) -> Config | None:
     """
     if options.student_network is None:
         return None
-    size = preset(options.resolved_preset, pair)
-    return _named_network("student", options.student_network, size, tuple(NETWORKS))
+    return _named_network("student", options.student_network, _fitted(options, pair, chosen), tuple(NETWORKS))
 
 
 def _named_network(role: str, name: str, size: Preset, families: tuple[Heads, ...]) -> Config:
@@ -378,6 +391,11 @@ def _check_batches(options: AdaptOptions, network: Callable[[], nn.Module], stag
             )
 
 
+def _begins_on(stage: StagePlan, path: str | None) -> bool:
+    """Whether a stage fills a fresh network from a file."""
+    return isinstance(stage.initial, partial) and path is not None and path in stage.initial.args
+
+
 def wants_references(options: AdaptOptions) -> bool:
     """Whether source-only and oracle are trained, too."""
     return options.references == "always" or (options.references == "auto" and options.on_miniature)
@@ -408,19 +426,21 @@ def _references(options: AdaptOptions, size: Preset, ingredients: Ingredients, p
 
     A student of another network than its teacher's is compared with runs as long as its own stage.
     """
-    student = ingredients.student is not None
-    seen, steps = ingredients.seen_by_student(), plan.total_steps
-    if student:
+    seen, steps, start = ingredients, plan.total_steps, options.init
+    last = plan.network_of(len(plan.stages) - 1)
+    if ingredients.student is not None and last == Build(ingredients.student):
         begun = max(index for index, stage in enumerate(plan.stages) if stage.network is not None or index == 0)
-        steps = sum(stage.steps for stage in plan.stages[begun:])
+        seen, steps = ingredients.seen_by_student(), sum(stage.steps for stage in plan.stages[begun:])
+        start = options.student_init if plan.stages[begun].network is not None else options.init
+    network = Build(seen.preset.network)
     domains = {"source_only": "source"}
     if ingredients.target_labelled is not None:
         domains["oracle"] = "target"
     return {
         name: _plan(
-            options,
+            replace(options, init=start),
             size,
-            plan.network_of(len(plan.stages) - 1) if student else Build(size.network),
+            network,
             reference_stages(seen, domain, steps),
             Path(plan.folder) / "references" / name,
         )

@@ -156,16 +156,6 @@ def load_initial(path: str, network: nn.Module) -> None:
         raise RunError(f"{path}: {error}") from error
 
 
-def load_backbone(path: str, network: nn.Module) -> None:
-    """Fill the backbone of a network that begins anew from a file of one; a whole network in it is another stage's.
-
-    Raises:
-        RunError: see :func:`check_initial`.
-    """
-    if not is_whole_network(read_weights(path)):
-        load_initial(path, network)
-
-
 def check_pretrained_backbone(path: str, network: nn.Module) -> dict[str, Tensor]:
     """What a file whose other tensors do not matter (SimCLR) holds of a backbone; on the ``meta`` device is enough.
 

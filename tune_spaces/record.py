@@ -124,7 +124,7 @@ class SweepRecord:
         best = self.best()
         for trial in self.trials.values():
             if trial.status in ("finished", "stopped") and trial is not best:
-                for name in ("checkpoints", "recommended", "stages"):
+                for name in ("checkpoints", "recommended", "stages", "teacher"):
                     shutil.rmtree(self.folder / "trials" / trial.id / name, ignore_errors=True)
 
     def best(self) -> TrialRecord | None:

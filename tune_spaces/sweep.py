@@ -96,8 +96,8 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     url = cluster.start(options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
-    teachers = options.teachers + setup.learners if setup.labels and options.pseudo_labels is None else 0
-    room = Room.of(options, cluster.total_resources(), teachers)
+    teachers = options.teachers if setup.labels and options.pseudo_labels is None else 0
+    room = Room.of(options, cluster.total_resources(), teachers, setup.learners)
     watch("message", {"text": room.sentence})
     if not resume:
         folder.mkdir(parents=True)
@@ -141,18 +141,19 @@ class Room:
     sentence: str
 
     @staticmethod
-    def of(options: SweepOptions, resources: dict[str, float], teachers: int) -> Room:
+    def of(options: SweepOptions, resources: dict[str, float], teachers: int, learners: int = 0) -> Room:
         """Count.
 
         Args:
             options: of the sweep.
             resources: of the cluster.
             teachers: of a trial; 0 where it makes no labels.
+            learners: teachers of a trial that learn.
 
         Raises:
             RunError: not one trial fits, or the user wants more at a time than fit.
         """
-        parts = cluster.shares(options, resources)
+        parts, teachers = cluster.shares(options, resources, learners), teachers + learners
         # One student runs in the trial's own process; several are Ray Train's, in a placement group of their own.
         own = parts.student if options.students == 1 else {"CPU": 0.01}
         needs = _needs(options, parts, teachers)
@@ -164,6 +165,10 @@ class Room:
             f"{_many(teachers, 'teacher')} × {parts.teacher['CPU']:g}, evaluator {parts.evaluator['CPU']:g}, "
             f"reading {DATA_CPUS:g}), and Ray counts {has} here"
         )
+        if not fit:
+            raise RunError(
+                f"not one trial fits: {why}. Use fewer --teachers or --threads, or a larger cluster (--address)."
+            )
         wanted = options.max_concurrent
         if wanted is not None and wanted > fit:
             raise RunError(

@@ -82,7 +82,9 @@ def export_labels(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if layout != "parquet" and LAYOUTS[layout].probability and isinstance(plan.rule, MonteCarloRule):
-        several = plan.rule.passes > 1 and plan.rule.dropout > 0  # one pass deviates by nothing and doubts nothing
+        # One pass deviates by nothing and doubts nothing, and all passes of a network without a dropout are one.
+        dropped = isinstance(network := setup.network_with(arrays), Segmenter) and bool(network.heads())
+        several = plan.rule.passes > 1 and plan.rule.dropout > 0 and dropped
         plan = replace(plan, rule=replace(plan.rule, negative=several, statistics=several))
     labeller = Labeller(setup.plan.networks, setup.target_reader, {0: plan}, setup.options.seed, device)
     check_fits(setup.network_with(arrays), arrays, folder)

@@ -62,8 +62,6 @@ def _as_given(stage: StagePlan) -> StagePlan:
     if stage.labels is None:
         return stage
     labels = replace(stage.labels, policy=StalenessPolicy(refresh="once"), selection=None)
-    if stage.teacher is not None:  # whose labels would it learn from?
-        stage = replace(stage, teacher=None, labelled_by="teaching", reward=())
     return replace(stage, labels=labels)
 
 

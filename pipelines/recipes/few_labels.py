@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from actors.protocols import Batch, Objective, ObjectiveContext, StagePlan, StepInfo
+from models.networks.build import Build
 from pipelines.recipes.recipe import Ingredients
 from pipelines.recipes.supervised import SegmentationTerm, segmentation_term, training_view
 
@@ -58,11 +59,12 @@ def with_few_labels(stages: tuple[StagePlan, ...], ingredients: Ingredients) -> 
     However few they are, they are seen as often as the other domains: their stream begins again when it has ended.
     """
     assert ingredients.few is not None
-    term, changed = segmentation_term(ingredients), []
+    term, changed, network = segmentation_term(ingredients), [], ingredients.preset.network
     for index, stage in enumerate(stages):
+        network = stage.network.config if isinstance(stage.network, Build) else network
         schedules = ingredients.preset.stages
         schedule = schedules[min(index, len(schedules) - 1)]  # rounds share the last
-        view = training_view(ingredients, schedule)
+        view = replace(training_view(ingredients, schedule), pixels=network.pixels)
         stream = ingredients.few(schedule.target_size, replace(view, seed=view.seed + 2))
         changed.append(
             replace(

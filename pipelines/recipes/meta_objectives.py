@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -102,7 +103,9 @@ def plain_term(term: SegmentationTerm, context: ObjectiveContext) -> tuple[Segme
     that learns lost half of its mIoU within a stage, and took its student along.
     """
     plain = replace(term, hard_percentile=0.0, max_value=1.0)
-    return plain, plain.balance(context)
+    even = plain.balance(context)
+    even.total = None  # ones, whatever the other students count: nobody needs to ask them
+    return plain, even
 
 
 class AdversarialObjective:
@@ -185,16 +188,16 @@ class TeacherLosses:
         self.deviation = options.noise / torch.tensor(PIXELS[pixels].scale, device=context.device).view(3, 1, 1)
 
     def __call__(
-        self, network: nn.Module, batch: Batch, label: Tensor, coefficient: Tensor, seed: int
+        self, network: nn.Module, batch: Batch, label: Tensor, coefficient: Tensor, info: StepInfo
     ) -> dict[str, Tensor]:
-        """L_3(source) + adversarial + H · L_3(target, its own labels) + in half of the steps the same under noise.
+        """L_3(source) + adversarial + H · L_3(target, its own labels) + in some steps the same under noise.
 
         Args:
             network: the teacher, in training mode.
             batch: views of both domains.
             label: int64 (N, H, W), made by the teacher of the target view.
             coefficient: H, a 0-d tensor.
-            seed: decides about noise.
+            info: decides about noise, alike in all students.
         """
         assert batch.source is not None
         assert batch.source_label is not None
@@ -211,9 +214,9 @@ class TeacherLosses:
             "pseudo": coefficient * self.plain.of_logits(target, label, self.even),
         }
         assert self.options.noise_share is not None
-        if torch.rand((), generator=torch.Generator().manual_seed(seed)).item() < self.options.noise_share:
+        if np.random.default_rng([NOISE, info.stage_step]).random() < self.options.noise_share:
             with norm_statistics(network, update=self.options.statistics == "running"):
-                noisy = network(noisy_rectangle(batch.target, self.deviation, seed))
+                noisy = network(noisy_rectangle(batch.target, self.deviation, info.seed))
             terms["noise"] = self.plain.of_logits(noisy, label, self.even)
         self.critic.show(*maps)
         return terms
@@ -264,6 +267,7 @@ class AlternatingObjective(AdversarialObjective):
         width: int,
         critic_rate: Callable[[int], float],
         labels: OwnLabels,
+        pixels: tuple[dict[str, Pixels], dict[str, Pixels]],
         optimiser: Optimiser,
         rates: Sequence[Callable[[int], float]],
         clip_norm: float | None,
@@ -272,9 +276,8 @@ class AlternatingObjective(AdversarialObjective):
     ) -> None:
         super().__init__(term, options, width, critic_rate, context)
         assert isinstance(context.before, Segmenter)
-        assert isinstance(context.network, Segmenter)
+        self.pixels = pixels
         self.labels, self.context, self.clip_norm, self.decay = labels, context, clip_norm, decay
-        self.student_pixels: Pixels = context.network.config.pixels
         self.student_rate, self.teacher_rate = rates
         self.teacher: Segmenter = copy.deepcopy(context.before).requires_grad_(True)
         self.labeller = self.teacher if decay is None else copy.deepcopy(context.before).eval().requires_grad_(False)
@@ -292,10 +295,11 @@ class AlternatingObjective(AdversarialObjective):
 
     def _for_teacher(self, batch: Batch) -> Batch:
         """The same views as the teacher reads them."""
-        own, student = self.teacher.config.pixels, self.student_pixels
-        if own == student or batch.source is None or batch.target is None:
+        student, own = self.pixels
+        if student == own or batch.source is None or batch.target is None:
             return batch
-        source, target = (normalised(rgb(images, student), own) for images in (batch.source, batch.target))
+        source = normalised(rgb(batch.source, student["source"]), own["source"])
+        target = normalised(rgb(batch.target, student["target"]), own["target"])
         return replace(batch, source=source, target=target)
 
     def learn(self, info: StepInfo) -> dict[str, Tensor]:
@@ -308,7 +312,7 @@ class AlternatingObjective(AdversarialObjective):
         epoch = meta_epoch(step, info.stage_steps)
         coefficient = meta_coefficient(epoch, self.student_rate(step), source_loss, pseudo_loss)
         self.forward.train()
-        terms = self.teaches(self.forward, self._for_teacher(batch), label, coefficient, info.seed)
+        terms = self.teaches(self.forward, self._for_teacher(batch), label, coefficient, info)
         if self.options.teacher_discriminator == "student":
             self.teaches.critic.seen = maps_of_student
         set_rate(self.optimiser, self.teacher_rate(step))
@@ -353,7 +357,8 @@ class AlternatingObjective(AdversarialObjective):
 class TeacherObjective:
     """Meta pseudo labels at a teacher that learns beside the student: what the student's newest reward makes of it.
 
-    The network that it is given is the teacher; what is published of it labels. Its discriminator sees its own maps: the student's are elsewhere.
+    The network that it is given is the teacher; what is published of it labels. Its discriminator sees its own maps:
+    the student's are elsewhere.
 
     Args:
         student_rate: the student's learning rate by stage step.
@@ -388,7 +393,7 @@ class TeacherObjective:
             epoch = meta_epoch(reward.stage_step, self.stage_steps)
             rate = self.student_rate(reward.stage_step)
             self.coefficient = meta_coefficient(epoch, rate, source_loss, pseudo_loss)
-        terms = self.teaches(network, batch, label, self.coefficient, info.seed)
+        terms = self.teaches(network, batch, label, self.coefficient, info)
         return {f"loss/{name}": value for name, value in terms.items()}
 
     def learn(self, info: StepInfo) -> dict[str, Tensor]:
@@ -405,6 +410,9 @@ class TeacherObjective:
         self.teaches.load_state_dict(state)
         self.coefficient = state["coefficient"].to(self.context.device)
 
+
+NOISE = 6
+"""Of the stream of random numbers that decides which steps have noise."""
 
 REWARD = ("loss/segmentation", "loss/pseudo")
 """A and B: the student's terms that its teacher is rewarded by."""

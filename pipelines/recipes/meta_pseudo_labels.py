@@ -146,8 +146,8 @@ def decide(options: MetaPseudoLabelsOptions, ingredients: Ingredients) -> MetaPs
     once = ingredients.refresh == "once"
     if once and options.teaching == "asynchronous":
         raise RunError(
-            "teaching is asynchronous and labels are made once: a teacher that learns labels anew all the time; leave "
-            "--refresh once out, or let them alternate"
+            "teaching is asynchronous and labels are made once (--refresh once, --faithful, --pseudo-labels): a "
+            "teacher that learns labels anew all the time; add --refresh continuous, or let them alternate"
         )
     if once and options.teaching == "auto":
         options = replace(options, teaching="alternating")
@@ -206,6 +206,9 @@ def _meta(ingredients: Ingredients, options: MetaPseudoLabelsOptions) -> StagePl
     teacher_rate = _rate(replace(schedule, learning_rate=options.teacher_rate), full)
     term, width = segmentation_term(ingredients), _width(preset)
     decay = preset.ema_decay if options.labels_by == "average" else None
+    if ingredients.given:
+        labels = LabelPlan(rule=rule, policy=StalenessPolicy("once"))
+        return _stage(seen, options, 2, name="meta pseudo labels", labels=labels, **more)
     if options.teaching == "alternating":
         objective = partial(
             AlternatingObjective,
@@ -214,6 +217,7 @@ def _meta(ingredients: Ingredients, options: MetaPseudoLabelsOptions) -> StagePl
             width,
             _constant(options.discriminator_rate),
             OwnLabels(rule, view),
+            (_pixels(seen.preset), _pixels(preset)),
             _sgd(ingredients),
             (student_rate, teacher_rate),
             preset.clip_norm,
@@ -281,13 +285,17 @@ def _stage(ingredients: Ingredients, options: MetaPseudoLabelsOptions, number: i
 def _view(ingredients: Ingredients, options: MetaPseudoLabelsOptions, number: int, domain: str) -> View:
     """Whole images with --faithful, as published (methods §2.4), else jitter, crop and mirror."""
     preset, schedule = ingredients.preset, ingredients.preset.stages[number]
-    pixels, source = preset.network.pixels, domain == "source"
-    if source and pixels == PUBLISHED_PIXELS["target"]:
-        pixels = PUBLISHED_PIXELS["source"]
+    pixels, source = _pixels(preset)[domain], domain == "source"
     if ingredients.faithful:
         return Whole(pixels)
     view = replace(training_view(ingredients, schedule), pixels=pixels)
     return replace(view, jitter=preset.source_jitter) if source else replace(view, seed=view.seed + 1)
+
+
+def _pixels(preset: Preset) -> dict[str, Pixels]:
+    """What its network reads of either domain."""
+    own = preset.network.pixels
+    return PUBLISHED_PIXELS if own == PUBLISHED_PIXELS["target"] else {"source": own, "target": own}
 
 
 PUBLISHED_PIXELS: dict[str, Pixels] = {"source": "bgr_gray", "target": "bgr_city"}
@@ -387,4 +395,5 @@ RECIPE = Recipe(
     system="bisenet",
     networks=("bisenet", "mrnet", "proda"),
     own_student=True,
+    smallest_crop=32,  # five strides of a discriminator
 )

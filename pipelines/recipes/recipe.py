@@ -193,6 +193,7 @@ class Ingredients:
         student: the network that learns from the recipe's, where it is another one; None where they are one.
         backbone: fills the backbone of a fresh network of the recipe; None leaves it random.
         student_backbone: the same for the student's.
+        given: whether the user gives the pseudo labels, so that nobody makes any.
     """
 
     preset: Preset
@@ -219,6 +220,7 @@ class Ingredients:
     student: Config | None = None
     backbone: Callable[[nn.Module], None] | None = None
     student_backbone: Callable[[nn.Module], None] | None = None
+    given: bool = False
 
     def seen_by_student(self) -> Ingredients:
         """The same for stages that train the student's network, where it is another one."""
@@ -250,6 +252,7 @@ class Recipe:
         networks: families of networks that it can train.
         own_student: whether one of its stages has a student beside its teacher; where not, a student of another network
             than the recipe's learns in a stage after the recipe's own.
+        smallest_crop: pixels of a crop's shorter side that its networks and discriminators need.
     """
 
     name: str
@@ -263,6 +266,7 @@ class Recipe:
     system: Heads | None = None
     networks: tuple[Heads, ...] = ("mrnet",)
     own_student: bool = False
+    smallest_crop: int = 16
 
 
 def preset(name: str, benchmark: Benchmark) -> Preset:

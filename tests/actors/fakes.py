@@ -295,8 +295,8 @@ class FakeLink:
     def begin_teaching(self, stage, first_step, step):
         self.begun.append((stage, first_step, step))
 
-    def send(self, reward):
-        self.sent.append(reward)
+    def tell(self, standing):
+        self.sent.append(standing)
 
     def reward(self):
         return None

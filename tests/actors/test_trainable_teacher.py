@@ -77,21 +77,25 @@ def test_a_reward_has_the_means_of_the_terms_and_the_version_of_the_labels(tmp_p
     )
     Student(run_plan(tmp_path, (first, watched)), link, 0, 1, CPU).run()
     assert link.begun == [(1, 4, 4)]
-    assert [(reward.step, reward.stage_step) for reward in link.sent] == [(6, 2), (8, 4), (10, 6)]
-    assert all(reward.version == reward.step - 1 for reward in link.sent), "the labels of the fake view are a step old"
+    assert [(told.stage, told.first_step, told.step) for told in link.sent] == [(1, 4, 6), (1, 4, 8), (1, 4, 10)]
+    rewards = [told.reward for told in link.sent]
+    assert [(reward.step, reward.stage_step) for reward in rewards] == [(6, 2), (8, 4), (10, 6)]
+    assert all(reward.version == reward.step - 1 for reward in rewards), "the labels of the fake view are a step old"
     for name in ("loss/source", "loss/pseudo"):
         expected = np.mean([terms[name] for terms, *_ in seen[2:4]])
-        assert link.sent[1].terms[name] == pytest.approx(expected, rel=1e-6)
+        assert rewards[1].terms[name] == pytest.approx(expected, rel=1e-6)
 
 
-def test_nothing_is_sent_before_labels_were_read(tmp_path):
+def test_without_labels_there_is_no_reward_but_the_teacher_hears_the_step(tmp_path):
+    """Or it would wait for a step that its own labels must bring."""
+
     class Empty(FakeView):
         def get(self, index, step):
             return np.full((8, 8), 255, np.uint8), 0.0
 
     link = FakeLink(views={1: Empty})
     Student(taught(tmp_path), link, 0, 1, CPU).run()
-    assert link.sent == []
+    assert [(told.step, told.reward) for told in link.sent] == [(6, None), (8, None), (10, None)]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,8 @@ def boards(monkeypatch, step=0):
     monkeypatch.setattr(trainable_teacher, "LOOK_SECONDS", 0.0)
     weights, rewards = WeightBoard(), RewardBoard()
     rewards.begin(1, 4, 4)
-    rewards.post(Reward(4 + step, step, 4 + step - 1, {"loss/source": 1.0, "loss/pseudo": 0.5}))
+    reward = Reward(4 + step, step, 4 + step - 1, {"loss/source": 1.0, "loss/pseudo": 0.5})
+    rewards.post(Standing(1, 4, 4 + step, reward))
     start = {name: tensor.numpy().copy() for name, tensor in TinyNetwork().state_dict().items()}
     weights.publish(4, [start], pin=True)
     return weights, rewards, start
@@ -327,6 +332,18 @@ def test_a_publication_pins_nothing_and_no_resume_takes_its_labels_back(monkeypa
     assert weights.newest_version() == 17
 
 
+def test_newer_weights_hang_above_those_from_before_the_student_came_back(monkeypatch):
+    weights, _, _ = boards(monkeypatch)
+    steps = [600, 510, 620]
+    publisher = TeachersPublisher(Handle(weights), lambda: steps.pop(0))
+    found = []
+    for _ in range(3):
+        publisher.publish(0, TinyNetwork(), pin=False)
+        publisher.flush()
+        found.append(weights.newest_version())
+    assert found == [600, 601, 620]
+
+
 def test_its_link_has_no_labels_no_teacher_and_no_bank():
     news = News(lambda: None, lambda _: False, lambda _: None)
     log = Log()
@@ -336,6 +353,6 @@ def test_its_link_has_no_labels_no_teacher_and_no_bank():
     assert link.bank_index() == {}
     link.report({})
     link.begin_teaching(0, 0, 0)
-    link.send(None)
+    link.tell(None)
     link.say("broken", 3)
     assert log.said == ["the teacher that learns: broken"]

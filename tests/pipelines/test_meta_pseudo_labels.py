@@ -76,7 +76,7 @@ def test_the_published_schedule():
         assert stage.learning_rate(0) == stage.learning_rate(124) == pytest.approx(rate)
         assert stage.learning_rate(125) == pytest.approx(rate * (49 / 50) ** 0.9)
         assert stage.learning_rate(6249) == pytest.approx(rate * (1 / 50) ** 0.9)
-    assert meta.objective.args[6][1](125) == pytest.approx(1.25e-2 * (49 / 50) ** 0.9), "the teacher's"
+    assert meta.objective.args[7][1](125) == pytest.approx(1.25e-2 * (49 / 50) ** 0.9), "the teacher's"
     for stage in (adversarial, median):
         assert stage.objective.args[3](125) == pytest.approx(1e-4 * (49 / 50) ** 0.9), "D follows the schedule"
     assert meta.objective.args[3](125) == 1e-4, "and is fixed in the last stage"
@@ -150,7 +150,7 @@ def test_small_presets_divide_the_steps_of_every_recipe(size):
         ({"ignore_bottom": 1.0}, {}, "ignore_bottom is 1.0"),
         ({"max_label_age": 0}, {}, "max_label_age is 0"),
         ({"discriminator": "big"}, {}, "'big'; choose one of dsc, fcd"),
-        ({"teaching": "asynchronous"}, {"refresh": "once"}, "leave --refresh once out, or let them alternate"),
+        ({"teaching": "asynchronous"}, {"refresh": "once"}, "add --refresh continuous, or let them alternate"),
         ({"teacher_discriminator": "student"}, {}, "sees its own maps alone"),
         ({"teaching": "alternating", "max_label_age": 5}, {}, "the very batch"),
     ],
@@ -310,14 +310,18 @@ def sgd(network):
     return torch.optim.SGD(groups, lr=1.0, momentum=0.9)
 
 
-def alternating(options=OPTIONS, before=None, student=None):
+SAME = {"source": "rgb_imagenet", "target": "rgb_imagenet"}
+
+
+def alternating(options=OPTIONS, before=None, student=None, pixels=None):
     torch.manual_seed(2)
     student = student or network_of(0)
     labels = OwnLabels(MedianRule(CLASSES, (64, 32)), Whole("rgb_imagenet"))
     rates = (lambda step: 0.25, lambda step: 0.1)
     made = context(network=student, before=before or network_of(7))
     decay = 0.75 if options.labels_by == "average" else None
-    return AlternatingObjective(TERM, options, WIDTH, lambda step: 1e-4, labels, sgd, rates, None, decay, made), student
+    more = labels, pixels or (SAME, SAME), sgd, rates, None, decay, made
+    return AlternatingObjective(TERM, options, WIDTH, lambda step: 1e-4, *more), student
 
 
 def step(objective, network, seen, info=INFO):
@@ -328,6 +332,26 @@ def step(objective, network, seen, info=INFO):
             parameter -= 0.05 * parameter.grad
             parameter.grad = None
     return terms, objective.learn(info)
+
+
+def test_all_students_ask_each_other_equally_often_whatever_their_own_seeds_are():
+    """One that asks once more than the others hangs them all."""
+    counts = set()
+    for seed in range(8):
+        objective, student = alternating(replace(OPTIONS, noise_share=0.5))
+        asked = []
+
+        def total(value, asked=asked):
+            asked.append(value)
+            return value
+
+        for balance in (objective.balance, objective.even, objective.teaches.balance, objective.teaches.even):
+            balance.total = None if balance.total is None else total
+        step(objective, student, batch(labels=False), replace(INFO, seed=seed))
+        counts.add(len(asked))
+    assert len(counts) == 1
+    noisy = {s for s in range(40) if np.random.default_rng([6, s]).random() < 0.5}
+    assert 10 < len(noisy) < 30
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -430,10 +454,14 @@ def test_a_resumed_turn_is_the_one_that_would_have_come():
 def test_a_teacher_that_reads_other_pixels_is_given_them():
     torch.manual_seed(0)
     config = DeepLabConfig(CLASSES, (1, 1, 1, 1), width=4, branch_channels=8, bottleneck_channels=8, groups=4)
-    objective, _ = alternating(before=DeepLab(config))
+    other = {"source": "bgr_gray", "target": "bgr_mean"}
+    objective, _ = alternating(before=DeepLab(config), pixels=(SAME, other))
     seen = batch(labels=False)
     translated = objective._for_teacher(seen)
     torch.testing.assert_close(translated.target, network_input(seen.whole, "bgr_mean"), rtol=0, atol=1e-3)
+    gray = replace(seen, source=network_input(seen.whole, "rgb_imagenet"))
+    expected = network_input(seen.whole, "bgr_gray")
+    torch.testing.assert_close(objective._for_teacher(gray).source, expected, rtol=0, atol=1e-3)
     step(objective, *alternating()[1:], seen)
     same, _ = alternating()
     assert same._for_teacher(seen) is seen

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from actors.errors import RunError
+from models.networks.build import SMALL, Build
 from pipelines import predict as predict_module
 from pipelines.predict import Predictor, find_pictures, predict
 from pipelines.trained import load_trained
@@ -146,3 +149,12 @@ def test_an_overlay_longer_than_a_jpeg_can_be_is_shrunk(run, tmp_path, monkeypat
     with Image.open(tmp_path / "out/x_overlay.jpg") as overlay, Image.open(tmp_path / "out/x_mask.png") as mask:
         assert overlay.width == 300
         assert mask.size == (900, 30)
+
+
+def test_passes_of_a_network_without_a_dropout_are_refused(run):
+    trained = load_trained(run.plan.folder, CPU)
+    bisenet = replace(trained, network=Build(replace(SMALL["bisenet18"], num_classes=3))().eval())
+    with pytest.raises(RunError, match=r"--passes is 4, but the network of .* has no dropout .* leave --passes out"):
+        Predictor(bisenet, CPU, 4)
+    image = np.zeros((40, 60, 3), np.uint8)
+    assert Predictor(bisenet, CPU)(image).mask.shape == (40, 60)

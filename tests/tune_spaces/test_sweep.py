@@ -60,6 +60,8 @@ def test_gpus_count_too_and_the_scarcer_decides():
     assert room.at_once == 1, "2 whole GPUs and a tenth of one for the evaluator"
     assert "2.1 GPUs" in room.sentence
     assert Room.of(options(), {"CPU": 64.0, "GPU": 1.0}, 1).at_once == 1, "on one GPU a trial shares it among its own"
+    learning = Room.of(options(), {"CPU": 64.0, "GPU": 1.0}, 1, 1)
+    assert (learning.at_once, len(learning.bundles)) == (1, len(room.bundles) + 1), "one that learns asks as any other"
 
 
 def test_the_processes_of_several_students_are_not_in_the_trials_own_bundles():

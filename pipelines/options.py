@@ -110,7 +110,7 @@ class AdaptOptions(DataOptions):
     """Multiplies every width and height of the preset."""
     label_scale: float | None = None
     """Multiplies width and height of pseudo labels. Default: 1; at full size with --faithful they are as large as the
-    published ones (2048×1024, four times the memory)."""
+    published ones (2048×1024, four times the memory; with meta_pseudo_labels 1024×512)."""
     rate_scale: float = 1.0
     """Multiplies every learning rate of the preset, those of the reference runs, too."""
     rates: Literal["auto", "published", "flat"] = "auto"

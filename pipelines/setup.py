@@ -319,7 +319,7 @@ def sized_preset(options: AdaptOptions, pair: Benchmark, chosen: Recipe) -> Pres
         size = replace(size, network=_named_network("teacher", options.teacher_network, size, chosen.networks))
     if options.label_scale is not None:
         size = size.with_label_scale(options.label_scale)
-    elif size.name == "full" and options.faithful and pair.shapes.published_labels is not None:
+    elif size.name == "full" and options.faithful and chosen.large_labels and pair.shapes.published_labels is not None:
         size = replace(size, label_size=pair.shapes.published_labels)
     if options.steps is not None:
         size = size.with_steps(options.steps, chosen.schedules or len(size.stages))

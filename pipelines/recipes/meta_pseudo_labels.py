@@ -395,5 +395,6 @@ RECIPE = Recipe(
     system="bisenet",
     networks=("bisenet", "mrnet", "proda"),
     own_student=True,
+    large_labels=False,
     smallest_crop=32,  # five strides of a discriminator
 )

@@ -252,6 +252,7 @@ class Recipe:
         networks: families of networks that it can train.
         own_student: whether one of its stages has a student beside its teacher; where not, a student of another network
             than the recipe's learns in a stage after the recipe's own.
+        large_labels: whether the published system's pseudo labels are as large as the original target images.
         smallest_crop: pixels of a crop's shorter side that its networks and discriminators need.
     """
 
@@ -267,6 +268,7 @@ class Recipe:
     networks: tuple[Heads, ...] = ("mrnet",)
     own_student: bool = False
     smallest_crop: int = 16
+    large_labels: bool = True
 
 
 def preset(name: str, benchmark: Benchmark) -> Preset:

@@ -199,6 +199,15 @@ def test_schedule_and_label_size_of_the_published_runs(name, bench, batches, rat
     assert full.label_size == label
 
 
+def test_bisenets_published_labels_are_as_large_as_what_it_sees():
+    """Methods 6.2: 1024x512."""
+    given = AdaptOptions(preset="full", faithful=True, recipe="meta_pseudo_labels")
+    full = sized_preset(given, benchmark("gta2city"), recipe("meta_pseudo_labels"))
+    assert full.label_size == (1024, 512)
+    assert (full.score_views, full.score_labels, full.score_mirrored) == (((1024, 512),), (1024, 512), False)
+    assert full.network.pixels == "bgr_city"
+
+
 def test_labels_are_as_large_as_their_images_unless_asked_otherwise():
     def size(**given):
         return sized_preset(AdaptOptions(preset="full", **given), benchmark("gta2city"), recipe("eplc")).label_size

@@ -12,7 +12,7 @@ from actors.protocols import StagePlan
 from models.networks.build import Build
 from pipelines.label_rules import MonteCarloRule
 from pipelines.recipes.recipe import Ingredients
-from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stages
+from pipelines.recipes.self_training import SelfTrainingOptions, self_training_stages, winner_rule
 
 
 def with_light_student(stages: tuple[StagePlan, ...], ingredients: Ingredients) -> tuple[StagePlan, ...]:
@@ -32,17 +32,7 @@ def with_light_student(stages: tuple[StagePlan, ...], ingredients: Ingredients) 
     made = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
     rule = made.rule if made is not None and isinstance(made.rule, MonteCarloRule) else None
     if rule is None:
-        rule = MonteCarloRule(
-            num_classes=ingredients.num_classes,
-            sizes=preset.label_views,
-            label_size=preset.label_size,
-            passes=1,
-            dropout=0.0,
-            keep="mean",
-            threshold=ingredients.sure,
-            max_std=0.0,
-            ignore_bottom=bottom(ingredients, options),
-        )
+        rule = winner_rule(ingredients, options, ingredients.sure)
     first, last = preset.stages[0], preset.stages[-1]
     steps = sum(stage.steps for stage in stages)
     schedule = replace(

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from actors.errors import RunError
 from actors.protocols import StagePlan
-from pipelines.label_rules import MonteCarloRule
 from pipelines.recipes.mrnet import alignment_stage
 from pipelines.recipes.recipe import Ingredients, Recipe
-from pipelines.recipes.self_training import SelfTrainingOptions, bottom, self_training_stages
+from pipelines.recipes.self_training import SelfTrainingOptions, self_training_stages, winner_rule
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,7 @@ class RectifiedOptions(SelfTrainingOptions):
 def stages(ingredients: Ingredients, options: RectifiedOptions) -> tuple[StagePlan, ...]:
     """Stage I of MRNet, then self-training on its labels."""
     options = options.resolved(ingredients.faithful)
-    preset = ingredients.preset
-    rule = MonteCarloRule(
-        num_classes=ingredients.num_classes,
-        sizes=preset.label_views,
-        label_size=preset.label_size,
-        passes=1,
-        dropout=0.0,
-        keep="mean",
-        threshold=ingredients.sure if options.threshold is None else options.threshold,
-        max_std=0.0,
-        ignore_bottom=bottom(ingredients, options),
-    )
+    rule = winner_rule(ingredients, options, ingredients.sure if options.threshold is None else options.threshold)
     return alignment_stage(ingredients), *self_training_stages(ingredients, options, rule)
 
 

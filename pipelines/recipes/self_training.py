@@ -311,3 +311,18 @@ def _self_training_stage(
 def bottom(ingredients: Ingredients, options: SelfTrainingOptions) -> float:
     """Share of the label's height, from below, that is withheld."""
     return ingredients.bonnet if options.ignore_bottom is None else options.ignore_bottom
+
+
+def winner_rule(ingredients: Ingredients, options: SelfTrainingOptions, threshold: float) -> MonteCarloRule:
+    """Labels that are the winner of the fused views, without dropout, where it reaches a probability (methods §3.2)."""
+    return MonteCarloRule(
+        num_classes=ingredients.num_classes,
+        sizes=ingredients.preset.label_views,
+        label_size=ingredients.preset.label_size,
+        passes=1,
+        dropout=0.0,
+        keep="mean",
+        threshold=threshold,
+        max_std=0.0,
+        ignore_bottom=bottom(ingredients, options),
+    )

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
+
+import pytest
+import ray
 
 from pipelines import adapt as adapt_module
 from pipelines import cluster
@@ -81,3 +85,21 @@ def losses(folder):
         for line in lines
         if line["kind"] == "train"
     }
+
+
+def lines(folder, kind):
+    every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in every if line["kind"] == kind]
+
+
+def until(answer, seconds=90):
+    """Ask until the answer is true; an actor that is just restarting is asked again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if answer():
+                return
+        except ray.exceptions.RayError:
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"nothing came back within {seconds} s")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import ray
-from engine_runs import start_run
+from engine_runs import lines, start_run, until
 
 from actors.errors import RunError
 
@@ -25,11 +25,6 @@ def long_run(folder, data):
     run = start_run(folder, data, steps=STEPS, refresh="continuous")
     run.setup = dataclasses.replace(run.setup, plan=dataclasses.replace(run.setup.plan, checkpoint_every=0))
     return run
-
-
-def lines(folder, kind):
-    every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in every if line["kind"] == kind]
 
 
 def table(outcome):
@@ -48,19 +43,6 @@ def held(run):
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def until(answer, seconds=90):
-    """Ask until the answer is true; an actor that is just restarting is asked again."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if answer():
-                return
-        except ray.exceptions.RayError:
-            pass
-        time.sleep(0.1)
-    pytest.fail(f"nothing came back within {seconds} s")
 
 
 def test_a_teacher_killed_in_the_middle_is_noticed_and_replaced_and_the_run_ends(local_ray, tmp_path, tiny_folder):

@@ -1,14 +1,12 @@
 """Meta pseudo labels through the whole engine, with a teacher that learns in a process of its own and is killed."""
 
-import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import ray
-from engine_runs import losses, start_run
+from engine_runs import lines, losses, start_run, until
 
 from actors.checkpoints import CheckpointStore, kept_stages
 
@@ -20,23 +18,6 @@ META = 105
 
 def begun(folder, data):
     return start_run(folder, data, recipe="meta_pseudo_labels", steps=STEPS)
-
-
-def lines(folder, kind):
-    every = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in every if line["kind"] == kind]
-
-
-def until(answer, seconds=90):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if answer():
-                return
-        except ray.exceptions.RayError:
-            pass
-        time.sleep(0.05)
-    pytest.fail(f"nothing came back within {seconds} s")
 
 
 @pytest.fixture(scope="module")

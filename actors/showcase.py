@@ -14,6 +14,7 @@ from actors.errors import UnreadableImage
 from actors.labeller import Networks, label_seed
 from actors.protocols import LabelPlan
 from models.networks.segmenter import Segmenter
+from models.scores import nearest
 from models.uncertainty import mean_probabilities, quantise, trunk_views
 
 Size = tuple[int, int]
@@ -131,7 +132,4 @@ class Showcase:
 
 def _resized(label: np.ndarray, size: Size) -> np.ndarray:
     """A map (H, W) at another size (width, height), nearest."""
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size[::-1], label.shape, strict=True)
-    )
-    return np.ascontiguousarray(np.asarray(label)[rows[:, None], columns])
+    return nearest(torch.from_numpy(np.array(label)), size[::-1]).numpy()

@@ -171,6 +171,8 @@ def _mrnet(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
 
     Of a checkpoint of stage I also the discriminators of the auxiliary and of the primary head, ``_D1`` and ``_D2``.
     """
+    assert isinstance(network.config, DeepLabConfig)
+    config = network.config
     name = f"GTA5_{saved['step']}"
     found = _owned(saved, "discriminators")
     heads = [
@@ -181,7 +183,7 @@ def _mrnet(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
     return {
         f"{name}.pth": partial(torch.save, saved["teaching"]["network"]),
         **{f"{name}_D{number}.pth": partial(torch.save, critic) for number, critic in enumerate(critics, 1)},
-        "opts.yaml": lambda path: path.write_text(_options(network.config), encoding="utf-8"),
+        "opts.yaml": lambda path: path.write_text(_options(config), encoding="utf-8"),
     }
 
 

@@ -218,12 +218,6 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
     stages = stages[options.from_stage - 1 : options.to_stage]
     if options.pseudo_labels is not None:
         stages = with_given_labels(stages)
-    for stage in stages:
-        if stage.batch % options.students:
-            raise RunError(
-                f"stage {stage.name} has batches of {stage.batch}, which {options.students} students cannot share "
-                f"evenly; use a number of --students that divides {stage.batch}"
-            )
     _check_batches(options, network, stages)
     if whole and options.student_init is None and any(_begins_on(stage, options.init) for stage in stages):
         raise RunError(
@@ -374,12 +368,17 @@ def _named_network(role: str, name: str, size: Preset, families: tuple[Heads, ..
 
 
 def _check_batches(options: AdaptOptions, network: Callable[[], nn.Module], stages: tuple[StagePlan, ...]) -> None:
-    """Refuse batches that leave a student fewer images than its network needs at a time.
+    """Refuse batches that students cannot share, or that leave one fewer images than its network needs at a time.
 
     Raises:
         RunError: says which.
     """
     for stage in stages:
+        if stage.batch % options.students:
+            raise RunError(
+                f"stage {stage.name} has batches of {stage.batch}, which {options.students} students cannot share "
+                f"evenly; use a number of --students that divides {stage.batch}"
+            )
         network = stage.network or network
         needed = network.config.smallest_batch if isinstance(network, Build) else 1
         share = stage.batch // options.students

@@ -91,7 +91,11 @@ class Whole:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See :class:`actors.protocols.View`. Labels of another size are sampled to the image's, nearest."""
         height, width = images.shape[1:3]
-        return network_input(images, self.pixels), tuple(_nearest(label, (height, width)) for label in labels)
+        return network_input(images, self.pixels), self.maps(labels, positions, (width, height))
+
+    def maps(self, labels: Sequence[Tensor], positions: np.ndarray, base: tuple[int, int]) -> tuple[Tensor, ...]:
+        """What a call makes of the maps alone, of images of a base size (width, height)."""
+        return tuple(_nearest(label, base[::-1]) for label in labels)
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,17 @@ class RandomCrop:
         crops = crops.clamp(0, 255)
         if self.colour:
             crops = self._recolour(crops, draws)
-        maps = tuple(_gather(label, x * label.shape[-1] / width, y * label.shape[-2] / height) for label in labels)
-        return normalised(crops, self.pixels), maps
+        return normalised(crops, self.pixels), _gathered(labels, x, y, (width, height))
+
+    def maps(self, labels: Sequence[Tensor], positions: np.ndarray, base: tuple[int, int]) -> tuple[Tensor, ...]:
+        """What a call makes of the maps alone, of images of a base size (width, height).
+
+        For maps that are made after the images were seen; boxes that depend on a label cannot be had again.
+        """
+        assert not self.more_than_values
+        candidates = self._candidates(self._draws(positions), base, labels[0].device)
+        x, y = _positions(self._choose(candidates, None, base), self.crop)
+        return _gathered(labels, x, y, base)
 
     def sample(self, maps: Tensor, positions: np.ndarray, base: tuple[int, int], grid: tuple[int, int]) -> Tensor:
         """What maps of whole images show inside the crops, bilinearly, at a grid of points.
@@ -301,6 +314,11 @@ def _gather(label: Tensor, x: Tensor, y: Tensor) -> Tensor:
     rows = y.long().clamp(0, height - 1)
     strips = label.gather(1, rows[:, :, None].expand(-1, -1, width))
     return strips.gather(2, columns[:, None, :].expand(-1, rows.shape[1], -1))
+
+
+def _gathered(labels: Sequence[Tensor], x: Tensor, y: Tensor, base: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Nearest values of maps at columns and rows that are counted in pixels of a base size (width, height)."""
+    return tuple(_gather(label, x * label.shape[-1] / base[0], y * label.shape[-2] / base[1]) for label in labels)
 
 
 def _nearest(label: Tensor, size: tuple[int, int]) -> Tensor:

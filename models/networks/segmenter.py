@@ -73,8 +73,7 @@ class Segmenter(nn.Module):
 
     BACKBONE: ClassVar[str] = ""
     """What the names of its backbone's tensors begin with."""
-    config: Any
-    """Its :class:`NetworkConfig`."""
+    config: NetworkConfig
 
     def trunk(self, images: Tensor) -> Any:
         """Everything before the classifiers, of images float (N, 3, H, W)."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.protocols import Batch, ObjectiveContext, StepInfo, View
+from actors.protocols import Batch, ObjectiveContext, StepInfo
 from models.losses import IGNORE, ClassBalance, domain_loss
 from models.meta import meta_coefficient, meta_epoch, noisy_rectangle
 from models.networks.discriminators import FullyConvDiscriminator, SeparableDiscriminator
@@ -25,7 +25,7 @@ from models.networks.statistics import ema_update, norm_statistics
 from models.schedule import set_rate
 from pipelines.label_rules import MedianRule
 from pipelines.recipes.supervised import SegmentationTerm
-from pipelines.views import PIXELS, normalised, rgb
+from pipelines.views import PIXELS, RandomCrop, Whole, normalised, rgb
 
 if TYPE_CHECKING:  # it builds on this module
     from pipelines.recipes.meta_pseudo_labels import MetaPseudoLabelsOptions
@@ -108,48 +108,51 @@ def plain_term(term: SegmentationTerm, context: ObjectiveContext) -> tuple[Segme
     return plain, even
 
 
-class AdversarialObjective:
-    """Supervised source loss, adversarial target loss, and where there are pseudo labels the loss on them (§6.1)."""
+class AdversarialLosses:
+    """What a student and a teacher of this system have in common: supervised, adversarial and pseudo-label losses.
+
+    Args:
+        term: supervised loss.
+        options: of the recipe.
+        width: of the discriminator.
+        context: of the process it learns in.
+    """
 
     def __init__(
-        self,
-        term: SegmentationTerm,
-        options: MetaPseudoLabelsOptions,
-        width: int,
-        critic_rate: Callable[[int], float],
-        context: ObjectiveContext,
+        self, term: SegmentationTerm, options: MetaPseudoLabelsOptions, width: int, context: ObjectiveContext
     ) -> None:
-        self.term, self.options, self.critic_rate = term, options, critic_rate
+        self.term, self.options = term, options
         self.balance = term.balance(context)
         self.plain, self.even = plain_term(term, context)
         self.critic = Critic(options.discriminator, term.num_classes, width, options.discriminator_rate, context)
 
-    def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
-        """See :class:`actors.protocols.Objective`."""
-        label = batch.pseudo_label
-        if label is not None and batch.pseudo_weight is not None:
-            label = label.masked_fill(batch.pseudo_weight[:, None, None] == 0, IGNORE)
-        return self._losses(network, batch, label)
+    def of(
+        self, network: nn.Module, batch: Batch, label: Tensor | None, adversarial: float, *, source_counts: bool = True
+    ) -> dict[str, Tensor]:
+        """Terms by name, and the critic is shown the maps of both domains.
 
-    def _losses(self, network: nn.Module, batch: Batch, label: Tensor | None) -> dict[str, Tensor]:
-        """Terms by name, with a target label (N, H, W) or without one."""
+        Args:
+            network: in training mode.
+            batch: views of both domains.
+            label: int64 (N, H, W) of the target view, or None.
+            adversarial: weight of the adversarial term.
+            source_counts: whether the source pass moves running statistics.
+        """
         assert batch.source is not None
         assert batch.source_label is not None
         assert batch.target is not None
-        source, target = network(batch.source), network(batch.target)
+        with norm_statistics(network, update=source_counts):
+            source = network(batch.source)
+        target = network(batch.target)
         maps = _enlarged(source, batch.source), _enlarged(target, batch.target)
         terms = {
-            "loss/segmentation": self.term.of_logits(source, batch.source_label, self.balance),
-            "loss/adversarial": self.options.adversarial * self.critic.fooled(maps[1]),
+            "segmentation": self.term.of_logits(source, batch.source_label, self.balance),
+            "adversarial": adversarial * self.critic.fooled(maps[1]),
         }
         if label is not None:
-            terms["loss/pseudo"] = self.plain.of_logits(target, label, self.even)
+            terms["pseudo"] = self.plain.of_logits(target, label, self.even)
         self.critic.show(*maps)
         return terms
-
-    def learn(self, info: StepInfo) -> dict[str, Tensor]:
-        """The discriminator's step."""
-        return {"discriminator/main": self.critic.learn(self.critic_rate(info.stage_step))}
 
     def state_dict(self) -> dict[str, Any]:
         """Running class weights, discriminator and its optimiser."""
@@ -161,15 +164,42 @@ class AdversarialObjective:
         self.critic.load_state_dict(state)
 
 
-class TeacherLosses:
+class AdversarialObjective(AdversarialLosses):
+    """Supervised source loss, adversarial target loss, and where there are pseudo labels the loss on them (§6.1)."""
+
+    def __init__(
+        self,
+        term: SegmentationTerm,
+        options: MetaPseudoLabelsOptions,
+        width: int,
+        critic_rate: Callable[[int], float],
+        context: ObjectiveContext,
+    ) -> None:
+        super().__init__(term, options, width, context)
+        self.critic_rate = critic_rate
+
+    def losses(self, network: nn.Module, batch: Batch, info: StepInfo) -> dict[str, Tensor]:
+        """See :class:`actors.protocols.Objective`."""
+        label = batch.pseudo_label
+        if label is not None and batch.pseudo_weight is not None:
+            label = label.masked_fill(batch.pseudo_weight[:, None, None] == 0, IGNORE)
+        return self._losses(network, batch, label)
+
+    def _losses(self, network: nn.Module, batch: Batch, label: Tensor | None) -> dict[str, Tensor]:
+        """Terms by name, with a target label (N, H, W) or without one."""
+        terms = self.of(network, batch, label, self.options.adversarial)
+        return {f"loss/{name}": value for name, value in terms.items()}
+
+    def learn(self, info: StepInfo) -> dict[str, Tensor]:
+        """The discriminator's step."""
+        return {"discriminator/main": self.critic.learn(self.critic_rate(info.stage_step))}
+
+
+class TeacherLosses(AdversarialLosses):
     """What the teacher minimises (methods §6.3, step 4), and its discriminator.
 
     Args:
-        term: supervised loss.
-        options: of the recipe.
-        width: of the discriminator.
         pixels: what the teacher reads; noise is measured in gray levels, 0–255.
-        context: of the process it learns in.
     """
 
     def __init__(
@@ -180,10 +210,7 @@ class TeacherLosses:
         pixels: Pixels,
         context: ObjectiveContext,
     ) -> None:
-        self.term, self.options = term, options
-        self.critic = Critic(options.discriminator, term.num_classes, width, options.discriminator_rate, context)
-        self.balance = term.balance(context)
-        self.plain, self.even = plain_term(term, context)
+        super().__init__(term, options, width, context)
         assert options.noise is not None
         self.deviation = options.noise / torch.tensor(PIXELS[pixels].scale, device=context.device).view(3, 1, 1)
 
@@ -199,36 +226,19 @@ class TeacherLosses:
             coefficient: H, a 0-d tensor.
             info: decides about noise, alike in all students.
         """
-        assert batch.source is not None
-        assert batch.source_label is not None
+        options = self.options
         assert batch.target is not None
-        assert self.options.teacher_adversarial is not None
+        assert options.teacher_adversarial is not None
+        assert options.noise_share is not None
         # It labels by running statistics: as published those of all that it sees, or of plain target images alone.
-        with norm_statistics(network, update=self.options.statistics == "running"):
-            source = network(batch.source)
-        target = network(batch.target)
-        maps = _enlarged(source, batch.source), _enlarged(target, batch.target)
-        terms = {
-            "segmentation": self.term.of_logits(source, batch.source_label, self.balance),
-            "adversarial": self.options.teacher_adversarial * self.critic.fooled(maps[1]),
-            "pseudo": coefficient * self.plain.of_logits(target, label, self.even),
-        }
-        assert self.options.noise_share is not None
-        if np.random.default_rng([NOISE, info.stage_step]).random() < self.options.noise_share:
-            with norm_statistics(network, update=self.options.statistics == "running"):
+        all_count = options.statistics == "running"
+        terms = self.of(network, batch, label, options.teacher_adversarial, source_counts=all_count)
+        terms["pseudo"] = coefficient * terms["pseudo"]
+        if np.random.default_rng([NOISE, info.stage_step]).random() < options.noise_share:
+            with norm_statistics(network, update=all_count):
                 noisy = network(noisy_rectangle(batch.target, self.deviation, info.seed))
             terms["noise"] = self.plain.of_logits(noisy, label, self.even)
-        self.critic.show(*maps)
         return terms
-
-    def state_dict(self) -> dict[str, Any]:
-        """Running class weights, discriminator and its optimiser."""
-        return {"balance": self.balance.state_dict(), **self.critic.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.balance.load_state_dict(state["balance"])
-        self.critic.load_state_dict(state)
 
 
 class OwnLabels:
@@ -239,7 +249,7 @@ class OwnLabels:
         view: of the target stream; its boxes depend on no label.
     """
 
-    def __init__(self, rule: MedianRule, view: View) -> None:
+    def __init__(self, rule: MedianRule, view: Whole | RandomCrop) -> None:
         self.rule, self.view = rule, view
 
     def of(self, network: Segmenter, batch: Batch) -> Tensor:
@@ -248,7 +258,8 @@ class OwnLabels:
         training = network.training
         made = self.rule.made(network.eval(), batch.whole).label
         network.train(training)
-        _, (label,) = self.view(batch.whole, (made,), batch.positions["target"])
+        height, width = batch.whole.shape[1:3]
+        (label,) = self.view.maps((made,), batch.positions["target"], (width, height))
         return label.long()
 
 
@@ -378,9 +389,9 @@ class TeacherObjective:
         assert isinstance(context.network, Segmenter)
         self.options, self.labels, self.context = options, labels, context
         self.student_rate, self.stage_steps = student_rate, stage_steps
-        self.teacher, self.labeller = context.network, context.network
-        if options.labels_by == "average" and isinstance(context.teaching, Segmenter):
-            self.labeller = context.teaching
+        assert isinstance(context.teaching, Segmenter)
+        self.teacher = context.network
+        self.labeller = context.teaching if options.labels_by == "average" else context.network
         self.teaches = TeacherLosses(term, options, width, self.teacher.config.pixels, context)
         self.coefficient = torch.ones((), device=context.device)
 

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal
 
 from actors.errors import RunError
-from actors.protocols import LabelPlan, StagePlan, View
+from actors.protocols import LabelPlan, StagePlan
 from actors.staleness import StalenessPolicy
 from models.networks.bisenet import BiSeNetConfig
 from models.networks.build import Build, named_config
@@ -33,7 +33,7 @@ from pipelines.recipes.meta_objectives import (
 from pipelines.recipes.optimisation import Rate, Sgd, sgd
 from pipelines.recipes.recipe import Ingredients, Preset, Recipe, StageSchedule
 from pipelines.recipes.supervised import segmentation_term, training_view
-from pipelines.views import Whole
+from pipelines.views import RandomCrop, Whole
 
 EPOCHS, EPOCH = 50, 125
 """Of every published stage, and iterations of one: 500 images in batches of four."""
@@ -282,7 +282,7 @@ def _stage(ingredients: Ingredients, options: MetaPseudoLabelsOptions, number: i
     return StagePlan(**{**shared, **more})
 
 
-def _view(ingredients: Ingredients, options: MetaPseudoLabelsOptions, number: int, domain: str) -> View:
+def _view(ingredients: Ingredients, options: MetaPseudoLabelsOptions, number: int, domain: str) -> Whole | RandomCrop:
     """Whole images with --faithful, as published (methods §2.4), else jitter, crop and mirror."""
     preset, schedule = ingredients.preset, ingredients.preset.stages[number]
     pixels, source = _pixels(preset)[domain], domain == "source"

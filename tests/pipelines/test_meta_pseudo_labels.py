@@ -474,7 +474,7 @@ def asynchronous(reward=None):
     teacher = network_of(7)
     labels = OwnLabels(MedianRule(CLASSES, (64, 32)), Whole("rgb_imagenet"))
     torch.manual_seed(2)
-    made = context(network=teacher, reward=lambda: reward)
+    made = replace(context(network=teacher, reward=lambda: reward), teaching=copy.deepcopy(teacher).eval())
     return TeacherObjective(TERM, replace(OPTIONS, noise_share=0.0), WIDTH, labels, lambda s: 0.25, 100, made), teacher
 
 

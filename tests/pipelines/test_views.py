@@ -345,3 +345,14 @@ def test_the_sample_of_a_whole_image_is_its_map_enlarged():
 def test_boxes_that_depend_on_a_label_cannot_be_had_again():
     with pytest.raises(AssertionError):
         RandomCrop(0, (16, 12), more_than_values=2).sample(torch.zeros(3, 1, 4, 4), POSITIONS, (WIDTH, HEIGHT), (4, 4))
+
+
+@pytest.mark.parametrize(
+    "view", [Whole(), RandomCrop(5, (24, 16)), RandomCrop(5, (24, 16), jitter=(1.0, 1.0), flip=0.0)]
+)
+def test_maps_alone_go_where_they_go_with_their_images(view):
+    torch.manual_seed(0)
+    images, positions = torch.randint(0, 256, (3, 32, 48, 3), dtype=torch.uint8), np.array([4, 7, 11])
+    maps = torch.randint(0, 19, (3, 32, 48)), torch.randint(0, 19, (3, 16, 24))
+    for alone, expected in zip(view.maps(maps, positions, (48, 32)), view(images, maps, positions)[1], strict=True):
+        assert torch.equal(alone, expected)

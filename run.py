@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pipelines.pseudo_labels.exchange import Exchanged
 
 SHOWN_MISTAKES = 20
-COMMANDS = ("adapt", "tune", "evaluate", "predict", "report", "export", "labels", "plan", "data")
+COMMANDS = ("adapt", "tune", "evaluate", "predict", "report", "export", "labels", "prior", "plan", "data")
 HELP = {
     "--resume RUN": "continue a stopped run",
     "--config FILE": "options from a file, such as a sweep's best.toml; others given beside it win",
@@ -47,9 +47,10 @@ HELP = {
     "evaluate RUN": "score its newest checkpoint again, or a file of weights, image by image",
     "predict PATH …": "masks, overlays and confidence of your own pictures",
     "report RUN": "write its report.html again, from the files in its directory",
-    "export RUN": "its weights as the code of MRNet and EPLC, ProDA or BiSeNet-MPL reads them; or ONNX, torch.export",
+    "export RUN": "its weights as the code of MRNet, EPLC, ProDA, BiSeNet-MPL or FADA reads them; ONNX, torch.export",
     "labels export RUN": "pseudo labels of a run as Parquet or in another system's folders",
     "labels import DIR": "the folder of another system as a file for --pseudo-labels",
+    "prior RUN": "how frequent classes are on the target, as a run's network sees it",
     "plan": "what every network and discriminator costs at a size, without a run",
     "data sample DIR": "two folders of rendered pictures to try all this on",
     "data check": "look at every file before a run does",
@@ -84,8 +85,8 @@ class EvaluateOptions:
 
     run: Annotated[str, tyro.conf.Positional]
     """Run directory; or a whole network in a published layout: MRNet's or EPLC's GTA5_25000.pth, ProDA's
-    from_gta5_to_cityscapes_on_deeplabv2_best_model.pkl, a BiSeNet's …_best_model_….pth. Which system's it is, and of
-    how many classes, is seen in the file; it is scored as that system scores."""
+    from_gta5_to_cityscapes_on_deeplabv2_best_model.pkl, a BiSeNet's …_best_model_….pth, FADA's g2c_adv.pth. Which
+    system's it is, and of how many classes, is seen in the file; it is scored as that system scores."""
     validation: str | None = None
     """TOML file of labelled target images to score on, of a run on images of your own. Default: those of the run."""
     benchmark: str | None = None
@@ -95,9 +96,13 @@ class EvaluateOptions:
     preset: Literal["auto", "full", "mini", "tiny"] | None = None
     """Of a file: which network it is, and at which sizes it looks at images. Default: full on real data, mini on the
     miniature."""
-    pixels: Literal["bgr_mean", "rgb_unit", "rgb_imagenet", "bgr_city", "bgr_gray"] | None = None
+    pixels: Literal["bgr_mean", "rgb_unit", "rgb_imagenet", "bgr_vgg", "bgr_city", "bgr_gray"] | None = None
     """Of a file: what the network reads. Default: what its system reads; of a published BiSeNet, which is told by its
     second copy of the backbone, bgr_city. An export of ours made with --faithful needs bgr_city."""
+    adjust_prior: str = "none"
+    """Class frequencies of the target that predictions are adjusted to (inference adjustment). estimated: now, from
+    unlabelled target images. A TOML file, or the name of a published table: gta5-original, gta5-modified,
+    synthia-original, synthia-modified. none: they are not."""
     out: str = "evaluation"
     """Of a file: folder for what is written."""
 
@@ -124,6 +129,9 @@ class PredictOptions:
     looks at a picture once, on the CPU. Open a .pt2 file only if it is your own: torch can execute what is in it."""
     out: str = "predictions"
     """Folder for the results."""
+    adjust_prior: str = "none"
+    """Class frequencies that predictions are adjusted to. estimated: what run.py prior RUN wrote. A TOML file, or the
+    name of a published table: gta5-original, gta5-modified, synthia-original, synthia-modified. none: they are not."""
     passes: int = 0
     """Monte-Carlo dropout passes; more than 1 adds a heat map of the uncertainty. 10 is a good number."""
     threads: int | None = None
@@ -161,14 +169,14 @@ class ExportOptions:
     """Run directory."""
     out: str
     """Folder for the file, and for what goes with it."""
-    layout: Literal["auto", "mrnet", "proda", "bisenet", "onnx", "torch"] = "auto"
+    layout: Literal["auto", "mrnet", "proda", "bisenet", "fada", "onnx", "torch"] = "auto"
     """mrnet: a flat state dict, GTA5_<step>.pth, as MRNet's and EPLC's, the opts.yaml that their code reads beside it,
     and the discriminators of a checkpoint of stage I. proda:
     from_<source>_to_<target>_on_deeplabv2_<step>_model.pkl, with the discriminator of a warm-up in it, and
-    prototypes_on_<target>_from_deeplabv2. bisenet: bisenet_<step>.pth, with the discriminator if there is one. auto:
-    that of the run's own system. onnx, torch: <run>_<step>.onnx or .pt2, the whole network: RGB images of 0 to 255,
-    float32 1×3×height×width, to class scores; and a JSON file with size, classes and colours. Each is compared with the
-    network before it stays. onnx needs pip install 'tutelage[export]'."""
+    prototypes_on_<target>_from_deeplabv2. bisenet: bisenet_<step>.pth, with the discriminator if there is one. fada:
+    fada_<step>.pth, likewise. auto: that of the run's own system. onnx, torch: <run>_<step>.onnx or .pt2, the whole
+    network: RGB images of 0 to 255, float32 1×3×height×width, to class scores; and a JSON file with size, classes and
+    colours. Each is compared with the network before it stays. onnx needs pip install 'tutelage[export]'."""
     weights: Literal["last", "recommended"] = "last"
     """last: of the newest checkpoint. recommended: of the step that looked best without labels."""
     size: tuple[int, int] | None = None
@@ -205,6 +213,27 @@ class ImportLabelsOptions(DataOptions):
     """Whose they are."""
     out: str = tyro.MISSING
     """Parquet file to write, for --pseudo-labels."""
+
+
+@dataclass(frozen=True)
+class EstimatePriorOptions:
+    """Estimate how frequent the classes are on a run's target images with its network, and write it as TOML.
+
+    The file is what --adjust-prior takes. Target labels, where there are any, are shown beside and take no part.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """Run directory."""
+    method: Literal["confusion", "em", "counts"] = "confusion"
+    """confusion: the frequencies that explain what the network predicts, given what it takes for what on source images
+    (Lipton et al., 2018). em: the most likely ones under its own probabilities (Saerens et al., 2002), which must be
+    calibrated. counts: images that show a class, as the published label-shift system counts them."""
+    out: str | None = None
+    """File to write. Default: prior.toml in the run directory, where predict --adjust-prior estimated looks."""
+    weights: Literal["last", "recommended"] = "last"
+    """last: of the newest checkpoint. recommended: of the step that looked best without labels."""
+    threads: int | None = None
+    """CPU threads. Default: all cores."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +280,7 @@ class PrepareOptions(DataOptions):
     """Decode every file that a run reads, at every size it reads it at. A run does so itself on first use."""
 
     recipe: str = "eplc"
-    """Recipe of the run: eplc, rectified, mrnet, proda or meta_pseudo_labels."""
+    """Recipe of the run: eplc, rectified, mrnet, proda, meta_pseudo_labels or label_shift."""
     scale: float = 1.0
     """Scale of the run."""
 
@@ -350,6 +379,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         return _export(tyro.cli(ExportOptions, prog="run.py export", args=rest), console)
     if command == "labels":
         return _labels(rest, console)
+    if command == "prior":
+        return _prior(tyro.cli(EstimatePriorOptions, prog="run.py prior", args=rest), console)
     if command == "plan":
         return _plan(tyro.cli(PlanOptions, prog="run.py plan", args=rest), console)
     if command == "data":
@@ -462,7 +493,7 @@ def _evaluate(options: EvaluateOptions, console: Console) -> int:
     if Path(options.run).is_file():
         if options.validation is not None:
             raise RunError("--validation belongs to a run on images of your own, and this is a file of weights")
-        results = score_file(options.run, options.data(), options.out, options.pixels)
+        results = score_file(options.run, options.data(), options.out, options.pixels, options.adjust_prior)
         print_table(results, console)
         console.print("\n".join(label_lines(results)), highlight=False, markup=False)
         console.print(f"every class in every image: {Path(options.out).absolute() / 'per_image.csv'}")
@@ -476,7 +507,7 @@ def _evaluate(options: EvaluateOptions, console: Console) -> int:
     config = read_config(options.run)
     if options.validation is not None:
         config = dataclasses.replace(config, validation=options.validation)
-    results = rescore(config)
+    results = rescore(config, options.adjust_prior)
     print_table(results, console)
     console.print("\n".join(label_lines(results)), highlight=False, markup=False)
     folder = Path(options.run).absolute() / "evaluation"
@@ -499,6 +530,7 @@ def _predict(options: PredictOptions, console: Console) -> int:
             weights=options.weights,
             passes=options.passes,
             threads=options.threads,
+            adjust_prior=options.adjust_prior,
         )
     for sentence in done.skipped:
         console.print(f"skipped: {sentence}", highlight=False, markup=False)
@@ -580,6 +612,35 @@ def _print_exchanged(done: Exchanged, what: str, console: Console) -> None:
         f"They are in {done.out}",
         highlight=False,
     )
+
+
+def _prior(options: EstimatePriorOptions, console: Console) -> int:
+    from pipelines.run_prior import estimate_of_run
+
+    with _progress(console) as bar:
+        task = bar.add_task("looking at images", total=None)
+        found = estimate_of_run(
+            options.run,
+            options.method,
+            lambda made, total: bar.update(task, completed=made, total=total),
+            out=options.out,
+            weights=options.weights,
+            threads=options.threads,
+        )
+    prior = found.prior
+    what = "images that show it" if options.method == "counts" else "pixels"
+    table = Table(title=f"shares of the classes ({what}), {options.method}, step {found.step}")
+    for name in ("", "source", "target, estimated", "added to scores"):
+        table.add_column(name, justify="left" if not name else "right")
+    if found.truth is not None:
+        table.add_column("target's labels (pixels)", justify="right")
+    for index, name in enumerate(prior.classes):
+        cells = [f"{prior.source[index]:.3%}", f"{prior.target[index]:.3%}", f"{found.offset[index]:+.2f}"]
+        cells += [] if found.truth is None else [f"{found.truth[index]:.3%}"]
+        table.add_row(escape(name), *cells)
+    console.print(table)
+    console.print(f"{prior.about}; written to {found.path}", highlight=False, markup=False)
+    return 0
 
 
 def _plan(options: PlanOptions, console: Console) -> int:

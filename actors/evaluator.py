@@ -59,6 +59,7 @@ class Scorer:
         protocols: class indices by protocol name; the first is the primary one.
         device: where the network runs.
         label_size: (width, height) to which labels are brought before they are scored on, nearest; None for their own.
+        offset: float32 C, added to the class scores: inference adjustment (methods §7.4); None for nothing.
     """
 
     def __init__(
@@ -72,12 +73,14 @@ class Scorer:
         protocols: Mapping[str, Sequence[int]],
         device: torch.device,
         label_size: Size | None = None,
+        offset: np.ndarray | None = None,
     ) -> None:
         self.networks = Networks(network, device)
         self.network = self.networks.first
         self.reader, self.prepare, self.views, self.mirrored = reader, prepare, tuple(views), mirrored
         self.num_classes, self.protocols, self.device = num_classes, dict(protocols), device
         self.label_size = label_size
+        self.offset = None if offset is None else torch.from_numpy(np.array(offset, np.float32)).to(device)
 
     def score(
         self, weights: Mapping[str, np.ndarray], see: Callable[[int, Tensor, Tensor], None] | None = None
@@ -140,7 +143,7 @@ class Scorer:
 
     def _classes(self, views: Sequence[View], size: tuple[int, int]) -> Tensor:
         assert isinstance(self.network, Segmenter)
-        return mean_probabilities(self.network, views, None, size)[0].argmax(0).cpu()
+        return mean_probabilities(self.network, views, None, size, self.offset)[0].argmax(0).cpu()
 
     def with_statistics_of(
         self, weights: Mapping[str, np.ndarray], reader: Any, indices: Sequence[int], batch: int = 4
@@ -297,9 +300,14 @@ class Evaluator:
         indices = [i * len(self.target) // count for i in range(count)]
         return self.scorer.score(self.scorer.with_statistics_of(weights, self.target, indices))
 
-    def show(self, rows: Mapping[str, Mapping[str, np.ndarray]], thresholds: np.ndarray | None) -> list[Shown]:
+    def show(
+        self,
+        rows: Mapping[str, Mapping[str, np.ndarray]],
+        thresholds: np.ndarray | None,
+        target_prior: np.ndarray | None = None,
+    ) -> list[Shown]:
         """See :meth:`actors.showcase.Showcase.show`."""
-        return self.make_showcase(self.device).show(rows, thresholds)
+        return self.make_showcase(self.device).show(rows, thresholds, target_prior)
 
 
 class LastingEvaluator(Lasting, Evaluator):

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 
 from actors.label_rounds import Header, read_round, write_round
+from actors.prior_estimate import Adjustment, PriorEstimate
 from actors.protocols import LabelPlan
 from actors.staleness import StalenessPolicy
 
@@ -98,6 +99,11 @@ class LabelBook:
         self.sequence = 0
         self.counters = counters or Counters()
         self.histogram = np.zeros((plan.rule.num_classes, 256), np.int64)
+        self.prior: PriorEstimate | None = None
+        """The target prior, where it is estimated."""
+        if plan.prior is not None and plan.prior.target is None:
+            lengths = [stop - start for start, stop in self.ranges]
+            self.prior = PriorEstimate(plan.prior, lengths, frozen=plan.policy.refresh == "once")
         self._thresholds: np.ndarray | None = None
         self._refused: dict[int, set[int]] = {}
         self._believed: set[int] = set()
@@ -107,6 +113,22 @@ class LabelBook:
     def policy(self) -> StalenessPolicy:
         """The stage's staleness policy."""
         return self.plan.policy
+
+    @property
+    def target_prior(self) -> np.ndarray | None:
+        """The target prior that labels are adjusted to, float64 C; None where they are not."""
+        if self.prior is not None:
+            return self.prior.target
+        plan = self.plan.prior
+        return None if plan is None or plan.target is None else np.array(plan.target)
+
+    @property
+    def adjustment(self) -> Adjustment | None:
+        """What teachers are told of the classes' frequencies."""
+        if self.prior is not None:
+            return self.prior.adjustment
+        plan = self.plan.prior
+        return None if plan is None or plan.target is None else Adjustment(plan.offset(np.array(plan.target)))
 
     @property
     def round_complete(self) -> bool:
@@ -129,13 +151,19 @@ class LabelBook:
         return chunk
 
     def accept(self, header: Header, block: Any) -> bool:
-        """Make a block the live one of its chunk; False when it is refused because its labels collapsed."""
+        """Make a block the live one of its chunk; False when it is refused because its labels collapsed.
+
+        Before a frozen prior is estimated, blocks are no one's: only what they tell of the classes' frequencies counts.
+        """
         self.busy.discard(header.chunk)
         self.counters.teacher_seconds += header.seconds
         self.counters.skipped += [path for path in header.skipped if path not in self.counters.skipped]
         old = self.entries.get(header.chunk)
         if header.version > self._not_after.pop(header.chunk, header.version):
             return False
+        if self.prior is not None and self.prior.surveying:
+            self.prior.put(header.chunk, header.evidence)
+            return True
         if old is not None and (header.version < old.version or self._refuse(old, header)):
             return False
         best = float(header.class_pixels.sum()), effective_classes(header.class_pixels)
@@ -153,6 +181,8 @@ class LabelBook:
         if len(self._believed) >= min(REFUSALS_TO_BLOCK, len(self.ranges)):
             self._begin_anew()
         self.histogram += header.histogram
+        if self.prior is not None:
+            self.prior.put(header.chunk, header.evidence)
         self.counters.images += header.images
         self.counters.blocks += 1
         self._thresholds = None
@@ -232,9 +262,18 @@ class LabelBook:
             "images": self.counters.images,
             "failures": self.counters.failures,
             "thresholds": None if thresholds is None else [int(t) for t in thresholds],
+            **self._known_prior(),
         }
 
+    def _known_prior(self) -> dict[str, list[float]]:
+        """The target prior as a checkpoint keeps it; nothing before a frozen one is made."""
+        if self.target_prior is None or (self.prior is not None and self.prior.surveying):
+            return {}
+        return {"prior": self.target_prior.tolist()}
+
     def _held(self, chunk: int) -> int | None:
+        if self.prior is not None and self.prior.surveying:
+            return 0 if chunk in self.prior.evidence else None
         entry = self.entries.get(chunk)
         return None if entry is None else entry.version
 
@@ -305,6 +344,8 @@ class LabelBank:
         """Files of the newest rounds that were made in this process."""
         self.fatal: str | None = None
         self.rewinds = 0
+        self.recalled: dict[int, list[float]] = {}
+        """Target priors by stage, from before a resume."""
 
     async def poll(self, stage: int, stage_version: int, since: int, step: int) -> Delta:
         """Answer a student, and begin its stage when this is the first word of it.
@@ -386,11 +427,16 @@ class LabelBank:
             "fatal": self.fatal,
             "class_shares": book.class_shares().tolist(),
             "acceptance": book.acceptance(),
+            **_prior_status(book),
         }
 
     async def blocks(self) -> list[Any]:
         """References of all live blocks, for ``ray.data.from_arrow_refs``."""
         return [] if self.book is None else [entry.block for _, entry in sorted(self.book.entries.items())]
+
+    async def recall(self, stage: int, prior: list[float]) -> None:
+        """Go on from the target prior that a checkpoint of a stage holds."""
+        self.recalled[stage] = prior
 
     async def reopen(self, stage: int, stage_version: int, path: str) -> None:
         """Take over a complete round that :func:`actors.label_rounds.write_round` wrote before a resume.
@@ -401,6 +447,9 @@ class LabelBank:
         blocks = await self._read(stage, path)
         self._open(stage, stage_version)
         assert self.book is not None
+        prior = self.book.prior
+        if prior is not None and prior.surveying:  # whatever it was, the labels of the round are made with it
+            prior.settle(prior.target)
         for header, block in blocks:
             self.book.accept(header, block)
         self.round_file = path
@@ -432,6 +481,8 @@ class LabelBank:
         self._close()
         self.stage, self.stage_version = stage, stage_version
         self.book = LabelBook(self.images, self.rows[stage], self.plans[stage], self.counters)
+        if self.book.prior is not None and stage in self.recalled:
+            self.book.prior.settle(np.array(self.recalled[stage]))
 
     def _close(self) -> None:
         for feeder in self.feeders:
@@ -465,7 +516,7 @@ class LabelBank:
                 continue
             try:
                 header_ref, block = teacher.label.options(num_returns=2).remote(
-                    stage, chunk, *book.ranges[chunk], newest, self.student_step
+                    stage, chunk, *book.ranges[chunk], newest, self.student_step, book.adjustment
                 )
                 book.accept(await header_ref, block)
                 errors = 0
@@ -509,3 +560,19 @@ class LabelBank:
         else:
             version = await self.board.newest_version.remote()
         return None if version is None or version < self.stage_version else int(version)
+
+
+def _prior_status(book: LabelBook) -> dict[str, Any]:
+    """The target prior that labels are adjusted to, what it adds to class scores, and how far it is from the source's.
+
+    The distance is the total variation: the share of pixels that would have to change class. Nothing where labels are
+    not adjusted.
+    """
+    plan, target = book.plan.prior, book.target_prior
+    if plan is None or target is None:
+        return {}
+    return {
+        "target_prior": target.tolist(),
+        "prior_offset": plan.offset(target).tolist(),
+        "prior_shift": 0.5 * float(np.abs(target - np.array(plan.source)).sum()),
+    }

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.prior_estimate import Evidence, Part
+
 
 @dataclass
 class Header:
@@ -31,6 +33,8 @@ class Header:
     class_pixels: np.ndarray
     histogram: np.ndarray
     skipped: tuple[str, ...] = ()
+    evidence: Evidence | Part | None = None
+    """Of how frequent classes are on the images that could be read, where it was asked for."""
 
 
 def write_round(folder: str, histogram: np.ndarray, *blocks: pa.Table) -> str:

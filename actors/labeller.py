@@ -11,6 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from torch import nn
 
 from actors.errors import UnreadableImage
 from actors.label_rounds import Header
+from actors.prior_estimate import Adjustment, Evidence, Part, source_looks
 from actors.protocols import ImageReader, LabelPlan
 from actors.records import encode
 
@@ -137,8 +139,10 @@ class Labeller:
         self.network = self.networks.load(weights)
         self.version = version
 
-    def label(self, stage: int, chunk: int, start: int, stop: int, step: int) -> tuple[Header, pa.Table]:
-        """Label images ``start`` to ``stop``.
+    def label(
+        self, stage: int, chunk: int, start: int, stop: int, step: int, adjustment: Adjustment | None = None
+    ) -> tuple[Header, pa.Table]:
+        """Label images ``start`` to ``stop``, adjusted to the target's class frequencies where that is wanted.
 
         An unreadable image is labelled all 255 and named in the header: the student skips it too.
         """
@@ -147,13 +151,14 @@ class Labeller:
         began = time.perf_counter()
         rule = self.plans[stage].rule
         ids = [self.reader.image_ids[i] for i in range(start, stop)]
-        columns, pixels, skipped = [], [], []
+        columns, pixels, skipped, evidence = [], [], list[str](), list[Evidence]()
+        every = [label_seed(self.seed, image_id, self.version) for image_id in ids]
         histogram = np.zeros((rule.num_classes, 256), np.int64)
         for first in range(start, stop, self.batch):
             indices = range(first, min(first + self.batch, stop))
             views, unreadable = self._read(indices, rule.view_sizes)
-            seeds = [label_seed(self.seed, self.reader.image_ids[i], self.version) for i in indices]
-            for index, made in zip(indices, rule.label(self.network, views, seeds), strict=True):
+            seeds = every[first - start : first - start + len(indices)]
+            for index, made in zip(indices, rule.label(self.network, views, seeds, adjustment), strict=True):
                 if index in unreadable:
                     skipped.append(unreadable[index])
                     column = self.plans[stage].label_column
@@ -161,6 +166,7 @@ class Labeller:
                     made.class_pixels = np.zeros_like(made.class_pixels)
                 else:
                     histogram += made.histogram
+                    evidence += [] if made.evidence is None else [made.evidence]
                 columns.append(made.columns)
                 pixels.append(made.class_pixels)
         block = encode(
@@ -173,7 +179,21 @@ class Labeller:
         )
         seconds = time.perf_counter() - began
         counts = np.stack(pixels).sum(0, dtype=np.int64)
-        return Header(chunk, self.version, stop - start, seconds, counts, histogram, tuple(skipped)), block
+        told = self._told(evidence, stage, every, adjustment) if evidence else None
+        return Header(chunk, self.version, stop - start, seconds, counts, histogram, tuple(skipped), told), block
+
+    def _told(
+        self, evidence: Sequence[Evidence], stage: int, seeds: Sequence[int], adjustment: Adjustment | None
+    ) -> Evidence | Part | None:
+        """What the bank is told of what was seen on target images, and on source images where the estimate needs it."""
+        plan = self.plans[stage]
+        if adjustment is None or plan.prior is None:
+            return None
+        seen = Evidence.joined(evidence)
+        if plan.source is not None:
+            looks = source_looks(seeds, adjustment.source_every, len(plan.source))
+            seen = replace(seen, source=plan.source.look(self.network, looks, adjustment.temperature))
+        return seen if adjustment.target is None else plan.prior.part(seen, adjustment.target)
 
     def _read(self, indices: range, sizes: tuple[tuple[int, int], ...]) -> tuple[list[torch.Tensor], dict[int, str]]:
         views: list[list[np.ndarray]] = [[] for _ in sizes]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from actors.prior_estimate import Adjustment, Evidence, PriorPlan, SourceSight
 from actors.records import RecordLayout
 from actors.staleness import StalenessPolicy
 
@@ -97,11 +98,13 @@ class Labelled:
         columns: the record's columns, uint8, shapes as declared by the rule's layout.
         class_pixels: int64 C, pixels of each class that the record offers.
         histogram: int64 C×256, quantised confidence of each predicted class, before any threshold.
+        evidence: of how frequent classes are, of one image, where it was asked for.
     """
 
     columns: dict[str, np.ndarray]
     class_pixels: np.ndarray
     histogram: np.ndarray
+    evidence: Evidence | None = None
 
 
 class LabelRule(Protocol):
@@ -122,13 +125,20 @@ class LabelRule(Protocol):
         """The image sizes (width, height) that the rule wants to see."""
         ...
 
-    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+    def label(
+        self,
+        network: nn.Module,
+        views: Sequence[Tensor],
+        seeds: Sequence[int],
+        adjustment: Adjustment | None = None,
+    ) -> list[Labelled]:
         """Label N images.
 
         Args:
             network: in eval mode, on the device of the views.
             views: one uint8 N×H×W×3 tensor for each of ``view_sizes``.
             seeds: one seed an image; the labels depend on nothing else that is random.
+            adjustment: to the target's class frequencies; None for none.
         """
         ...
 
@@ -157,10 +167,14 @@ class LabelPlan:
     """A column of maps that goes to the objective beside the label, or None."""
     raw_columns: tuple[str, ...] = ()
     """Columns that the objective gets as they were recorded, in the geometry of the whole image."""
+    prior: PriorPlan | None = None
+    """How labels are adjusted to the target's class frequencies; None leaves them."""
+    source: SourceSight | None = None
+    """Labelled source images, where these frequencies are estimated from what is taken for what; None where not."""
 
     def for_bank(self) -> LabelPlan:
-        """The same plan without the rule's code."""
-        return replace(self, rule=RuleShape(self.rule.layout, self.rule.num_classes))
+        """The same plan without the rule's code and the images."""
+        return replace(self, rule=RuleShape(self.rule.layout, self.rule.num_classes), source=None)
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,13 @@ class RuleShape:
         """None: it labels nothing."""
         return ()
 
-    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+    def label(
+        self,
+        network: nn.Module,
+        views: Sequence[Tensor],
+        seeds: Sequence[int],
+        adjustment: Adjustment | None = None,
+    ) -> list[Labelled]:
         """Never called at the bank."""
         raise NotImplementedError("this is the shape of a label rule, not the rule")
 

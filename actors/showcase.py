@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from actors.errors import UnreadableImage
 from actors.labeller import Networks, label_seed
+from actors.prior_estimate import Adjustment
 from actors.protocols import LabelPlan
 from models.networks.segmenter import Segmenter
 from models.scores import nearest
@@ -79,13 +80,19 @@ class Showcase:
         factor = min(2.0, LONGER_SIDE / max(width, height))
         self.size = max(1, round(width * factor)), max(1, round(height * factor))
 
-    def show(self, rows: Mapping[str, Mapping[str, np.ndarray]], thresholds: np.ndarray | None) -> list[Shown]:
+    def show(
+        self,
+        rows: Mapping[str, Mapping[str, np.ndarray]],
+        thresholds: np.ndarray | None,
+        target_prior: np.ndarray | None = None,
+    ) -> list[Shown]:
         """Look at the images.
 
         Args:
             rows: weights by name; the last ones also give confidence and pseudo label.
             thresholds: uint8 C, what the bank last asked of a pseudo label; None where its rule needs none or there
                 are none yet.
+            target_prior: float64 C, class frequencies that the bank last adjusted labels to; None where it did not.
 
         Returns:
             One an image; an image that cannot be read is left out.
@@ -99,7 +106,7 @@ class Showcase:
                 except UnreadableImage:
                     shown.pop(index, None)
         for index, item in shown.items():
-            item.pseudo_label = self._pseudo_label(index, thresholds)
+            item.pseudo_label = self._pseudo_label(index, thresholds, target_prior)
         return list(shown.values())
 
     def _look(self, index: int, name: str, shown: dict[int, Shown]) -> None:
@@ -115,11 +122,17 @@ class Showcase:
         shown[index].predictions[name] = classes.to(torch.uint8).cpu().numpy()
         shown[index].confidence = quantise(sure).cpu().numpy()
 
-    def _pseudo_label(self, index: int, thresholds: np.ndarray | None) -> np.ndarray | None:
+    def _pseudo_label(
+        self, index: int, thresholds: np.ndarray | None, target_prior: np.ndarray | None
+    ) -> np.ndarray | None:
         if self.plan is None or (self.plan.selection is not None and thresholds is None):
             return None
         views = [self._read(index, size) for size in self.plan.rule.view_sizes]
-        record = self.plan.rule.label(self.network, views, [label_seed(self.seed, self.reader.image_ids[index], 0)])[0]
+        adjustment = None
+        if self.plan.prior is not None and target_prior is not None:
+            adjustment = Adjustment(self.plan.prior.offset(target_prior))
+        seed = label_seed(self.seed, self.reader.image_ids[index], 0)
+        (record,) = self.plan.rule.label(self.network, views, [seed], adjustment)
         if self.plan.selection is None or thresholds is None:
             label = record.columns[self.plan.label_column]
         else:

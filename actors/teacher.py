@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from actors.label_rounds import Header
+    from actors.prior_estimate import Adjustment
     from actors.protocols import ImageReader, LabelPlan
 
 
@@ -41,7 +42,16 @@ class Teacher:
         self.labeller = Labeller(network, reader, plans, seed, helper_device(threads))
         self.board = board
 
-    def label(self, stage: int, chunk: int, start: int, stop: int, version: int, step: int) -> tuple[Header, pa.Table]:
+    def label(
+        self,
+        stage: int,
+        chunk: int,
+        start: int,
+        stop: int,
+        version: int,
+        step: int,
+        adjustment: Adjustment | None = None,
+    ) -> tuple[Header, pa.Table]:
         """Label one chunk with one version of the weights; two return values, the small one first.
 
         When the asked-for version cannot be had any more (its student died), a teacher that has weights goes on with
@@ -54,7 +64,7 @@ class Teacher:
             except (ray.exceptions.RayError, LookupError):
                 if self.labeller.version is None:
                     raise
-        return self.labeller.label(stage, chunk, start, stop, step)
+        return self.labeller.label(stage, chunk, start, stop, step, adjustment)
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from actors.labeller import Networks, label_seed
+from actors.prior_estimate import Adjustment, PriorEstimate, source_looks
 from actors.protocols import ImageReader, LabelPlan, RawBatch, Reward, RunPlan, StagePlan, Stream, View
 from actors.reward_board import Standing
 from actors.student import Student
@@ -97,8 +98,20 @@ class LabelsOfAge:
         self.ages: Counter[int] = Counter()
         self.hits = self.misses = 0
         self.wait_seconds = 0.0
-        for first in range(0, len(reader), batch):
-            self._label(range(first, min(first + batch, len(reader))), 0)
+        self.prior: PriorEstimate | None = None
+        if plan.prior is not None and plan.prior.target is None:
+            self.prior = PriorEstimate(plan.prior, [1] * len(reader), frozen=shelf.age is None)
+            if self.prior.surveying:
+                self._label_all()
+        self._label_all()
+
+    @property
+    def adjustment(self) -> Adjustment | None:
+        """To the target's class frequencies, as the bank would tell its teachers."""
+        plan = self.plan.prior
+        if self.prior is not None:
+            return self.prior.adjustment
+        return None if plan is None or plan.target is None else Adjustment(plan.offset(np.array(plan.target)))
 
     def wait_for_round(self, step: int, tick: Callable[[], bool]) -> bool:
         """Every image is labelled already."""
@@ -125,6 +138,10 @@ class LabelsOfAge:
         """See :meth:`actors.label_view.LabelView.column`."""
         return self.records[index][name]
 
+    def _label_all(self) -> None:
+        for first in range(0, len(self.reader), self.batch):
+            self._label(range(first, min(first + self.batch, len(self.reader))), 0)
+
     def _label(self, indices: range | list[int], step: int) -> None:
         version, weights = self.shelf.at(step)
         if version != self.version:
@@ -132,8 +149,17 @@ class LabelsOfAge:
             self.version = version
         images = [[self.reader.read(index, size) for index in indices] for size in self.plan.rule.view_sizes]
         seeds = [label_seed(self.seed, self.reader.image_ids[index], version) for index in indices]
-        made = self.plan.rule.label(self.network, [torch.from_numpy(np.stack(view)) for view in images], seeds)
-        for index, item in zip(indices, made, strict=True):
+        views = [torch.from_numpy(np.stack(view)) for view in images]
+        adjustment = self.adjustment
+        made = self.plan.rule.label(self.network, views, seeds, adjustment)
+        for index, seed, item in zip(indices, seeds, made, strict=True):
+            if self.prior is not None and not self.prior.settled and item.evidence is not None:
+                evidence = item.evidence
+                if self.plan.source is not None and adjustment is not None:
+                    looks = source_looks([seed], adjustment.source_every, len(self.plan.source))
+                    seen = self.plan.source.look(self.network, looks, adjustment.temperature)
+                    evidence = replace(evidence, source=seen)
+                self.prior.put(index, evidence)
             self.histograms[index] = item.histogram
             self.records[index] = item.columns
         if self.plan.selection is not None:

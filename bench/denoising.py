@@ -60,7 +60,7 @@ def denoising_stage(size: Preset, who: str) -> StagePlan:
 
     pair = benchmark("gta2city")
     refresh: Literal["once", "continuous"] = "once" if who == "student" else "continuous"
-    given = Ingredients(size, CLASSES, 0, pair.bonnet, pair.sure, False, refresh, nothing, nothing, None)
+    given = Ingredients(size, CLASSES, 0, pair.bonnet, pair.sure, False, refresh, nothing, nothing, nothing, None)
     given = replace(given, reader=NoImages(), published_term=recipe("proda").published_term)
     options = ProdaOptions(denoise=who)  # type: ignore[arg-type]
     return recipe("proda").stages(given, options)[1]

@@ -39,7 +39,7 @@ def stages(size: Preset) -> tuple[StagePlan, ...]:
         return None  # type: ignore[return-value]
 
     pair = benchmark("gta2city")
-    given = Ingredients(size, 19, 0, pair.bonnet, pair.sure, True, "once", nothing, nothing, None)
+    given = Ingredients(size, 19, 0, pair.bonnet, pair.sure, True, "once", nothing, nothing, nothing, None)
     return recipe("rectified").stages(given, RectifiedOptions())
 
 

@@ -36,6 +36,7 @@ BASE_SIZES = {
     "gta2city": ((320, 180), (320, 160)),
     "synthia2city": ((320, 180), (320, 160)),
     "city2robot": ((320, 160), (256, 192)),
+    "shift_only": ((320, 160), (320, 160)),
 }
 """Benchmark → (source, target) size that samples are resized to before the crop: published ones / 4."""
 

@@ -55,6 +55,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from actors.label_bank import LabelBank  # noqa: E402
 from actors.label_rounds import Header  # noqa: E402
 from actors.label_view import LabelView, Transport, age_statistics  # noqa: E402
+from actors.prior_estimate import Adjustment  # noqa
 from actors.protocols import LabelPlan, RuleShape  # noqa: E402
 from actors.records import RecordLayout, encode  # noqa: E402
 from actors.staleness import StalenessPolicy  # noqa: E402
@@ -141,7 +142,16 @@ class SleepingTeacher:
         self.load, self.board = load, board
         self.version: int | None = None
 
-    def label(self, stage: int, chunk: int, start: int, stop: int, version: int, step: int) -> tuple[Header, pa.Table]:
+    def label(
+        self,
+        stage: int,
+        chunk: int,
+        start: int,
+        stop: int,
+        version: int,
+        step: int,
+        adjustment: Adjustment | None = None,
+    ) -> tuple[Header, pa.Table]:
         """Label one chunk with one version of the weights."""
         if version != self.version:
             reference = ray.get(self.board.take.remote(version))[0]

@@ -149,6 +149,7 @@ def monte_carlo_labels(
     rule: UncertaintyRule,
     *,
     statistics: bool = False,
+    offset: Tensor | None = None,
 ) -> MonteCarloLabels:
     """Labels and statistics of T dropout passes over every view.
 
@@ -162,6 +163,7 @@ def monte_carlo_labels(
         size: label (height, width).
         rule: what to keep.
         statistics: also return what the published generator writes beside a label.
+        offset: C, added to the fused logits of every pass and view: inference adjustment (methods 7.4); None for none.
 
     Returns:
         Labels of N images.
@@ -169,7 +171,7 @@ def monte_carlo_labels(
     Raises:
         ValueError: if views and masks do not belong together, or there is no view.
     """
-    grids = _pass_probabilities(network, views, masks)
+    grids = _pass_probabilities(network, views, masks, offset=offset)
     confidence, winner = _winners(grids, size)
     argmax = winner.to(torch.uint8)
     withheld = torch.full_like(argmax, IGNORE)
@@ -192,7 +194,11 @@ def monte_carlo_labels(
 
 @torch.no_grad()
 def mean_probabilities(
-    network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks] | None, size: tuple[int, int]
+    network: Segmenter,
+    views: Sequence[View],
+    masks: Sequence[HeadMasks] | None,
+    size: tuple[int, int],
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Fused prediction m = mean over passes and views of Up(softmax(z_F)) (methods 3.2 and 3.4).
 
@@ -201,6 +207,7 @@ def mean_probabilities(
         views: trunk outputs of every view.
         masks: as many as views, or None for a single pass without dropout.
         size: output (height, width).
+        offset: see :func:`monte_carlo_labels`.
 
     Returns:
         float32 (N, C, *size); sums to one over classes.
@@ -208,7 +215,7 @@ def mean_probabilities(
     Raises:
         ValueError: if views and masks do not belong together, or there is no view.
     """
-    grids = _pass_probabilities(network, views, masks)
+    grids = _pass_probabilities(network, views, masks, offset=offset)
     return _total([upsample(grid.mean(dim=1), size) for grid in grids])
 
 
@@ -222,6 +229,7 @@ def negative_labels(
     temperature: float = 2.0,
     max_probability: float = 0.05,
     max_std: float = 0.005,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Classes that a pixel surely is *not*: its complementary labels (methods 4.1; UPS, Rizve et al., ICLR 2021).
 
@@ -233,6 +241,7 @@ def negative_labels(
         size: output (height, width).
         temperature: softens the softmax, so that it does not call everything impossible.
         max_probability, max_std: on the 0..1 scale (published: 0.2 and 0.02 of 4 views).
+        offset: see :func:`monte_carlo_labels`; added before the temperature divides.
 
     Returns:
         bool (N, C, *size).
@@ -240,7 +249,7 @@ def negative_labels(
     Raises:
         ValueError: if views and masks do not belong together, or there is no view.
     """
-    grids = _pass_probabilities(network, views, masks, temperature)
+    grids = _pass_probabilities(network, views, masks, temperature, offset)
     found = []
     for image in range(grids[0].shape[0]):
         mean = spread = None
@@ -307,13 +316,18 @@ def _check(network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks]
 
 
 def _pass_probabilities(
-    network: Segmenter, views: Sequence[View], masks: Sequence[HeadMasks] | None, temperature: float = 1.0
+    network: Segmenter,
+    views: Sequence[View],
+    masks: Sequence[HeadMasks] | None,
+    temperature: float = 1.0,
+    offset: Tensor | None = None,
 ) -> list[Tensor]:
     """Softmax of every pass at network resolution, views of one grid summed, divided by the view count.
 
     Args:
         network, views, masks: as for :func:`mean_probabilities`.
         temperature: divides the fused logits.
+        offset: C, added to them before; None for none.
 
     Returns:
         One float (N, T, C, h, w) per distinct grid.
@@ -325,6 +339,8 @@ def _pass_probabilities(
         found = _masked_logits(network, views, masks)
     sums: dict[tuple[int, int], Tensor] = {}
     for view, logits in zip(views, found, strict=True):
+        if offset is not None:
+            logits.add_(offset.view(-1, 1, 1))
         probabilities = logits.div_(temperature).softmax(dim=2)
         if view.mirrored:
             probabilities = probabilities.flip(-1)

@@ -442,6 +442,8 @@ class Run:
         end = sum(plan.steps for plan in self.setup.plan.stages[: stage + 1])
         self.labels_first = (stage if self.step < end else stage + 1) in self.setup.labels
         path = index.get("round_file")
+        if index.get("stage") == stage and index.get("prior"):
+            ray.get(self.bank.recall.remote(stage, index["prior"]))
         if index.get("stage") == stage and path:
             version = sum(plan.steps for plan in self.setup.plan.stages[:stage])
             try:
@@ -523,7 +525,9 @@ class Run:
         thresholds = state.get("bank", {}).get("thresholds")
         seen = {name: weights for name, weights in references.items() if name == "source_only"} | {"adapted": adapted}
         kept = None if thresholds is None else np.array(thresholds, np.uint8)
-        pictures = None if self.manner.brief else self.evaluator.show.remote(seen, kept)
+        prior = state.get("bank", {}).get("prior")
+        prior = None if prior is None else np.array(prior)
+        pictures = None if self.manner.brief else self.evaluator.show.remote(seen, kept, prior)
         jobs = {"label_free": self.evaluator.look.remote(state["step"], adapted, _as_numpy(state["student"]))}
         if self.setup.domains.validation is not None:
             jobs["adapted"] = self.evaluator.score_weights.remote(adapted)

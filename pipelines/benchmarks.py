@@ -173,6 +173,8 @@ class Published(Benchmark):
     open_target: Callable[[Path], tuple[Split, Split | None, Split]]
     kept: tuple[int, ...] | None = None
     """Which of its readers' train ids are left, in the order of `classes`; None where all are."""
+    only_miniature: bool = False
+    """Whether there are no such datasets but rendered ones."""
 
     @property
     def class_counts(self) -> tuple[int, ...]:
@@ -201,9 +203,17 @@ class Published(Benchmark):
         """Open the published datasets under `data_root`.
 
         Raises:
-            DataError: a dataset, a folder or a label file is missing; says which one and what is expected.
+            DataError: a dataset, a folder or a label file is missing; says which one and what is expected. Or there are
+                no such datasets.
         """
-        root = Path(data_root)
+        if self.only_miniature:
+            raise DataError(
+                f"{self.name} exists only as a miniature: no real datasets differ in class frequencies alone. "
+                "Leave the data root out, or choose another benchmark."
+            )
+        return self._opened(Path(data_root))
+
+    def _opened(self, root: Path) -> Domains:
         if not root.is_dir():
             raise DataError(
                 f"the data root {root} does not exist or is not a folder; give the folder that holds the datasets"
@@ -223,7 +233,7 @@ class Published(Benchmark):
         """
         if size not in SIZES:
             raise DataError(f"unknown miniature size {size!r}; known are {', '.join(SIZES)}")
-        return self.open(write_miniature(self.name, size, Path(folder), seed))
+        return self._opened(write_miniature(self.name, size, Path(folder), seed))
 
 
 def benchmark(name: str) -> Published:
@@ -381,6 +391,10 @@ def _cityscapes_source(root: Path) -> Split:
     return cityscapes.train(root, cityscapes.ENCODING_9)
 
 
+def _cityscapes_shifted(root: Path) -> Path:
+    return root / "Cityscapes-shifted"
+
+
 _GTA5 = _finder("GTA5", ("GTA5", "gta5"), "images")
 _SYNTHIA = _finder(
     "SYNTHIA",
@@ -461,6 +475,27 @@ BENCHMARKS: dict[str, Published] = {
             target_folder=_ROBOTCAR,
             open_source=_cityscapes_source,
             open_target=_robotcar_target,
+        ),
+        Published(
+            name="shift_only",
+            description="Cityscapes to Cityscapes with other class frequencies, 19 classes",
+            classes=CITYSCAPES_19,
+            protocols={"19": PROTOCOLS["19"]},
+            # The proportions of both are the same, or shrinking to one side would distort one of them.
+            shapes=Shapes(
+                source=(1280, 640),
+                target=(1024, 512),
+                target_again=(1280, 640),
+                crops=((1024, 512), (512, 256)),
+                label_views=((1024, 512), (1280, 640)),
+                score_views=((1024, 512), (1280, 640)),
+            ),
+            bonnet=_BONNET,
+            source_folder=_CITYSCAPES,
+            target_folder=_cityscapes_shifted,
+            open_source=cityscapes.train,
+            open_target=_cityscapes_target,
+            only_miniature=True,
         ),
     )
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from actors.errors import RunError
 from models.networks.deeplab import DeepLabConfig
-from models.networks.layouts import PARALLEL_PREFIX, with_published_copies
+from models.networks.layouts import FADA_PARTS, PARALLEL_PREFIX, with_published_copies
 from models.networks.proda import PROTOTYPES
 from models.networks.segmenter import Heads, Segmenter
 from pipelines.deployed import (
@@ -43,7 +43,7 @@ from pipelines.results import versions
 from pipelines.trained import fitting_network, load_trained, read_description
 from pipelines.weights import PRODA, PRODA_PROTOTYPES, PRODA_STATE, Weights, newest_state
 
-Layout = Literal["auto", "mrnet", "proda", "bisenet", "onnx", "torch"]
+Layout = Literal["auto", "mrnet", "proda", "bisenet", "fada", "onnx", "torch"]
 Files = dict[str, Callable[[Path], Any]]
 """Names of files and what writes them, the weights first."""
 
@@ -218,10 +218,26 @@ def _bisenet(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> File
     return {f"bisenet_{step}.pth": partial(torch.save, container)}
 
 
+def _fada(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
+    """``fada_<step>.pth``, as FADA and "Undoing label shift" keep it, without optimisers: both parts apart.
+
+    The discriminator goes along where the objective owns one.
+    """
+    step, state = saved["step"], saved["teaching"]["network"]
+    container: dict[str, Any] = {"iteration": step}
+    for part in FADA_PARTS:
+        own = {name: tensor for name, tensor in state.items() if name.startswith(f"{part}.")}
+        container[part] = _parallel({name.removeprefix(f"{part}."): tensor for name, tensor in own.items()})
+    if critic := _owned(saved, "discriminator"):
+        container["model_D"] = _parallel(critic)
+    return {f"fada_{step}.pth": partial(torch.save, container)}
+
+
 LAYOUTS: dict[Heads, Callable[[Path, Mapping[str, Any], Segmenter], Files]] = {
     "mrnet": _mrnet,
     "proda": _proda,
     "bisenet": _bisenet,
+    "fada": _fada,
 }
 
 

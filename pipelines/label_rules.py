@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from actors.prior_estimate import CELLS, Adjustment, Evidence
 from actors.protocols import Labelled
 from actors.records import RecordLayout
+from models.label_shift import adjusted_logits, log_mean_exp, sampled_posteriors
 from models.losses import IGNORE
 from models.median import CAP, MedianLabels, median_labels
 from models.networks.backbone import grid_size
@@ -46,8 +48,9 @@ class MonteCarloRule:
 
     Attributes:
         num_classes: C.
-        sizes: image sizes (width, height); each is seen plain and mirrored.
+        sizes: image sizes (width, height).
         label_size: (width, height) of the label.
+        mirrored: whether each size is seen mirrored, too.
         passes: dropout passes; the trunk runs once per view whatever their number. All passes of a network without
             dropout are alike, so it is asked for one.
         dropout: channel dropout rate of the passes.
@@ -73,6 +76,7 @@ class MonteCarloRule:
     published_min: bool = False
     negative: bool = False
     statistics: bool = False
+    mirrored: bool = True
 
     @property
     def layout(self) -> RecordLayout:
@@ -90,10 +94,17 @@ class MonteCarloRule:
         """See :class:`actors.protocols.LabelRule`."""
         return self.sizes
 
-    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+    def label(
+        self,
+        network: nn.Module,
+        views: Sequence[Tensor],
+        seeds: Sequence[int],
+        adjustment: Adjustment | None = None,
+    ) -> list[Labelled]:
         """See :class:`actors.protocols.LabelRule`."""
         assert isinstance(network, Segmenter)
-        features = trunk_views(network, [network_input(view, network.config.pixels) for view in views])
+        inputs = [network_input(view, network.config.pixels) for view in views]
+        features = trunk_views(network, inputs, mirror=self.mirrored)
         masks = None
         if network.heads():
             masks = draw_masks(
@@ -112,14 +123,15 @@ class MonteCarloRule:
                 self.keep, min_confidence=self.threshold, max_std=self.max_std, published_min=self.published_min
             )
         size = self.label_size[1], self.label_size[0]
-        made = monte_carlo_labels(network, features, masks, size, rule, statistics=self.statistics)
+        offset = offset_of(adjustment, views[0].device)
+        made = monte_carlo_labels(network, features, masks, size, rule, statistics=self.statistics, offset=offset)
         labels, winners = made.label.cpu().numpy(), made.argmax.cpu().numpy()
         confidences = made.quantised().cpu().numpy()
         first = self.label_size[1] - round(self.ignore_bottom * self.label_size[1])
         labels[:, first:], winners[:, first:] = IGNORE, IGNORE
         more: list[dict[str, np.ndarray]] = [{} for _ in labels]
         if self.negative:
-            bits = negative_labels(network, features, masks, size).cpu().numpy()
+            bits = negative_labels(network, features, masks, size, offset=offset).cpu().numpy()
             bits[:, :, first:] = False
             for columns, image in zip(more, bits, strict=True):
                 columns[NEGATIVE] = np.packbits(image, axis=0, bitorder="little")
@@ -127,14 +139,49 @@ class MonteCarloRule:
             steps = quantise(made.min_prob).cpu().numpy(), quantise(made.std * (DEVIATION_STEPS / 255)).cpu().numpy()
             for columns, min_prob, deviation in zip(more, *steps, strict=True):
                 columns |= {MIN_PROB: min_prob, DEVIATION: deviation}
+        # The first view is plain: the classifiers see it once more, without dropout.
+        seen = evidence_of(
+            adjustment, lambda: network.classify(features[0].features).fused(), seeds, self.ignore_bottom
+        )
         return [
             Labelled(
                 {"label": label, "confidence": confidence, **columns},
                 np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
                 confidence_histogram(winner, confidence, self.num_classes),
+                evidence,
             )
-            for label, winner, confidence, columns in zip(labels, winners, confidences, more, strict=True)
+            for label, winner, confidence, columns, evidence in zip(
+                labels, winners, confidences, more, seen, strict=True
+            )
         ]
+
+
+def offset_of(adjustment: Adjustment | None, device: torch.device) -> Tensor | None:
+    """What is added to class scores, float32 C on a device; None for nothing."""
+    return None if adjustment is None else torch.from_numpy(np.array(adjustment.offset)).to(device)
+
+
+@torch.no_grad()
+def evidence_of(
+    adjustment: Adjustment | None, scores: Tensor | Callable[[], Tensor], seeds: Sequence[int], ignore_bottom: float
+) -> list[Evidence | None]:
+    """What images tell of the classes' frequencies, one an image, where a teacher is asked for it.
+
+    Args:
+        adjustment: what the teacher is told.
+        scores: unadjusted class scores, N×C×h×w, or what computes them if they are wanted.
+        seeds: one an image; they decide which cells are told of.
+        ignore_bottom: share of the image's height, from below, that tells nothing.
+    """
+    if adjustment is None or not adjustment.witness:
+        return [None] * len(seeds)
+    found = (scores if isinstance(scores, Tensor) else scores()).float()
+    height = found.shape[2]
+    probabilities = (found[:, :, : height - round(ignore_bottom * height)] / adjustment.temperature).softmax(1)
+    log_means = log_mean_exp(probabilities).cpu().numpy().astype(np.float32)
+    cells = sampled_posteriors(probabilities, CELLS, seeds).cpu().numpy()
+    means = probabilities.mean((2, 3)).cpu().numpy()
+    return [Evidence(log_means[n : n + 1], cells[n : n + 1], means[n : n + 1]) for n in range(len(seeds))]
 
 
 def fewest_pixels(winners: Tensor) -> int:
@@ -202,17 +249,25 @@ class PrototypeRule:
         return (self.size,)
 
     @torch.no_grad()
-    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+    def label(
+        self,
+        network: nn.Module,
+        views: Sequence[Tensor],
+        seeds: Sequence[int],
+        adjustment: Adjustment | None = None,
+    ) -> list[Labelled]:
         """See :class:`actors.protocols.LabelRule`; nothing of it is random."""
         assert isinstance(network, Proda)
         outputs = network(network_input(views[0], network.config.pixels))
-        soft, size = outputs.main.softmax(1), self._label_shape
+        offset, size = offset_of(adjustment, views[0].device), self._label_shape
+        scores = outputs.main if offset is None else adjusted_logits(outputs.main, offset)
+        soft = scores.softmax(1)
         if self.denoised:
             features = upsample(outputs.feature, size)
             distances = class_distances(features, network.prototypes)
             winner, confidence = rectify(upsample(soft, size), prototype_weights(distances, self.temperature))
             near = prototype_weights(class_distances(outputs.feature, network.prototypes), self.temperature)
-            plain = upsample(outputs.main, size).argmax(1)
+            plain = upsample(scores, size).argmax(1)
             means, present = class_means(features, plain, self.num_classes, fewest_pixels(plain))
             means = torch.where(present[..., None], means, torch.zeros_like(means))
             vectors = means.float().cpu().numpy().view(np.uint8)
@@ -233,8 +288,16 @@ class PrototypeRule:
                 {"label": label, "confidence": sure, **columns},
                 np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
                 confidence_histogram(best, sure, self.num_classes),
+                evidence,
             )
-            for label, best, sure, columns in zip(made, winners, quantise(confidence).cpu().numpy(), more, strict=True)
+            for label, best, sure, columns, evidence in zip(
+                made,
+                winners,
+                quantise(confidence).cpu().numpy(),
+                more,
+                evidence_of(adjustment, outputs.main, seeds, self.ignore_bottom),
+                strict=True,
+            )
         ]
 
 
@@ -271,10 +334,13 @@ class MedianRule:
     def made(self, network: nn.Module, images: Tensor) -> MedianLabels:
         """Labels of images, uint8 N×H×W×3, at the rule's size, by a network in eval mode."""
         assert isinstance(network, Segmenter)
-        outputs = network(network_input(images, network.config.pixels))
+        return self._of_scores(network(network_input(images, network.config.pixels)).fused())
+
+    def _of_scores(self, scores: Tensor) -> MedianLabels:
+        """Labels of class scores N×C×h×w."""
         width, height = self.size
         first = height - round(self.ignore_bottom * height)
-        probabilities = upsample(outputs.fused(), (height, width)).float().softmax(1)[:, :, :first]
+        probabilities = upsample(scores, (height, width)).float().softmax(1)[:, :, :first]
         found = median_labels(probabilities, self.cap, published=self.published)
         below = (0, 0, 0, height - first)
         return MedianLabels(
@@ -284,9 +350,18 @@ class MedianRule:
             found.thresholds,
         )
 
-    def label(self, network: nn.Module, views: Sequence[Tensor], seeds: Sequence[int]) -> list[Labelled]:
+    def label(
+        self,
+        network: nn.Module,
+        views: Sequence[Tensor],
+        seeds: Sequence[int],
+        adjustment: Adjustment | None = None,
+    ) -> list[Labelled]:
         """See :class:`actors.protocols.LabelRule`; nothing of it is random."""
-        found = self.made(network, views[0])
+        assert isinstance(network, Segmenter)
+        plain = network(network_input(views[0], network.config.pixels)).fused()
+        offset = offset_of(adjustment, views[0].device)
+        found = self._of_scores(plain if offset is None else adjusted_logits(plain, offset))
         labels, sure = found.label.cpu().numpy(), quantise(found.confidence).cpu().numpy()
         winners = found.winner.to(torch.uint8).cpu().numpy()
         return [
@@ -294,6 +369,9 @@ class MedianRule:
                 {"label": label, "confidence": confidence},
                 np.bincount(label.reshape(-1), minlength=256)[: self.num_classes],
                 confidence_histogram(winner, confidence, self.num_classes),
+                evidence,
             )
-            for label, confidence, winner in zip(labels, sure, winners, strict=True)
+            for label, confidence, winner, evidence in zip(
+                labels, sure, winners, evidence_of(adjustment, plain, seeds, self.ignore_bottom), strict=True
+            )
         ]

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 
@@ -15,12 +15,12 @@ from actors.errors import RunError
 from pipelines.choices import check_choices
 from pipelines.recipes import recipe
 from pipelines.recipes.eplc import EplcOptions
+from pipelines.recipes.label_shift import LabelShiftOptions
 from pipelines.recipes.meta_pseudo_labels import MetaPseudoLabelsOptions
 from pipelines.recipes.mrnet import MrnetOptions
 from pipelines.recipes.proda import ProdaOptions
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.recipes.self_training import SelfTrainingOptions
-from pipelines.recipes.supervised import SegmentationTerm
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +33,7 @@ RECIPE_OPTIONS: dict[str, type[Any]] = {
     "mrnet": MrnetOptions,
     "proda": ProdaOptions,
     "meta_pseudo_labels": MetaPseudoLabelsOptions,
+    "label_shift": LabelShiftOptions,
 }
 """Fields of :class:`AdaptOptions` that hold the options of a recipe, and their types."""
 
@@ -42,7 +43,8 @@ class DataOptions:
     """Which data are read."""
 
     benchmark: str = "synthia2city"
-    """Which pair of domains: gta2city, synthia2city or city2robot."""
+    """Which pair of domains: gta2city, synthia2city or city2robot; or shift_only, a rendered pair that differs in
+    nothing but how frequent classes are."""
     classes: int | None = None
     """Outputs of the network on the street benchmarks, gta2city and synthia2city: 19, or 16 or 13 as ProDA and FADA
     train on SYNTHIA; what the others would be is ignored, in labels to learn from and in those to score on. Default:
@@ -91,14 +93,57 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class PriorOptions:
+    """How the target's class frequencies are found, and what is done with them beside adjusting labels."""
+
+    OPEN: ClassVar[dict[str, tuple[Any, Any]]] = {}
+    """Nothing that is left open is decided by --faithful."""
+
+    method: Literal["confusion", "em", "counts"] = "confusion"
+    """How they are estimated. confusion: those that explain what the network predicts, given what it takes for what on
+    source images (Lipton et al., 2018). em: the most likely ones under its own probabilities (Saerens et al., 2002),
+    which must be calibrated. counts: images that show a class, as the published label-shift system counts them."""
+    damping: float = 0.5
+    """Share of the old estimate that is kept each time it moves, while labels are made without end."""
+    floor: float = 0.1
+    """Least estimate of a class, of its frequency on the source: a rare class cannot be argued away."""
+    temperature: float = 1.0
+    """Divides class scores before they are probabilities to estimate from; the adjustment counts as many times."""
+    refine_steps: int = 0
+    """Steps of classifier refinement before the first stage with pseudo labels: the classifiers alone learn from
+    source images, on scores that are offset by the class frequencies. Labels are then left as they are. They come on
+    top of --steps."""
+    refine_rate: float | None = None
+    """Learning rate of refinement. Default: ten times that of the first stage at full size, as published, and a tenth
+    of it on small presets."""
+    refine_over: Literal["all", "labelled"] = "all"
+    """What the loss of refinement is the mean over (Q-UL-5). all: the image, as published. labelled: its labelled
+    pixels."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not 0 <= self.damping < 1:
+            raise RunError(f"--prior.damping is {self.damping}; give a share from 0 to less than 1")
+        if not 0 < self.floor <= 1:
+            raise RunError(f"--prior.floor is {self.floor}; give a share above 0 and at most 1")
+        if not self.temperature > 0:
+            raise RunError(f"--prior.temperature is {self.temperature}; give a number above 0")
+        if self.refine_steps < 0:
+            raise RunError(f"--prior.refine-steps is {self.refine_steps}; give a number of steps, or 0")
+        if self.refine_rate is not None and not self.refine_rate > 0:
+            raise RunError(f"--prior.refine-rate is {self.refine_rate}; give a rate above 0")
+
+
+@dataclass(frozen=True)
 class AdaptOptions(DataOptions):
     """Adapt a segmentation network from a labelled source domain to an unlabelled target domain."""
 
     recipe: str = "eplc"
-    """Which system adapts: eplc, rectified, mrnet, proda or meta_pseudo_labels."""
+    """Which system adapts: eplc, rectified, mrnet, proda, meta_pseudo_labels or label_shift."""
     teacher_network: str | None = None
-    """Network that the recipe trains: deeplab101, proda101, bisenet18 or bisenet101; on small presets the family's
-    small member of that name. Default: the recipe's own. mrnet, rectified and eplc need two heads, proda its own."""
+    """Network that the recipe trains: deeplab101, proda101, bisenet18, bisenet101, fada101, fada101-modified or
+    fada-vgg16; on small presets the family's small member of that name. Default: the recipe's own. mrnet, rectified and
+    eplc need two heads, proda and label_shift their own."""
     student_network: str | None = None
     """Another network that learns from the recipe's: in a stage of its own after those of the recipe, and as long, from
     its labels; with meta_pseudo_labels, as the student of its last stage. It is what is scored. Default: none."""
@@ -118,11 +163,11 @@ class AdaptOptions(DataOptions):
     weights. flat: all parts alike, which suits random ones. auto: the preset's."""
     hard_pixels: float | None = None
     """Percentile of the supervised loss, and of the plain loss on pseudo labels, below which a pixel is left out
-    (hard-pixel mining); 0 learns from all. Default: 0, and with --faithful 80, or 0 with proda
-    and meta_pseudo_labels."""
+    (hard-pixel mining); 0 learns from all. Default: 0, and with --faithful 80, or 0 with proda,
+    meta_pseudo_labels and label_shift."""
     rare_weight: float | None = None
     """Weight in every loss on labels of a class with few pixels in a batch, and again of one that is rarely in any.
-    Default: 2.5, and with --faithful 7, or 1 with proda and meta_pseudo_labels."""
+    Default: 2.5, and with --faithful 7, or 1 with proda and meta_pseudo_labels; with label_shift always 1."""
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
     """Whether the scales and shifts of the backbone's batch norms learn in MRNet's stage I. auto: train, and freeze
     with --faithful, which presumes a pretrained backbone. For proda there is --proda.warmup-norms."""
@@ -130,8 +175,9 @@ class AdaptOptions(DataOptions):
     """Images that batch norm sees together in training; the first of them alone move the running statistics. Default:
     all of a student's batch, and at full size with --faithful as many as the published runs had on a device."""
     init: str | None = None
-    """Weights to start from: a published backbone (the DeepLab init, a ResNet-101), a snapshot of the whole network
-    (of MRNet, EPLC, ProDA or BiSeNet), a file in stages/ of a run, or a run directory. Default: random."""
+    """Weights to start from: a published backbone (the DeepLab init, a ResNet-101, a VGG-16), a snapshot of the whole
+    network (of MRNet, EPLC, ProDA, BiSeNet or FADA), a file in stages/ of a run, or a run directory. Default:
+    random."""
     student_init: str | None = None
     """The same for the network of --student-network: a backbone, as a rule; without one, for the stages of
     meta_pseudo_labels that begin anew. Default: random, or --init where that is a backbone."""
@@ -149,6 +195,11 @@ class AdaptOptions(DataOptions):
     target_labels: str | None = None
     """Text file that names target images, one a line, whose labels are learned from, too (semi-supervised); they are
     not scored on."""
+    adjust_prior: str = "auto"
+    """Class frequencies of the target that pseudo labels are adjusted to, in the first stage that has any (inference
+    adjustment). estimated: from the labels as they are made. A TOML file, or the name of a published table:
+    gta5-original, gta5-modified, synthia-original, synthia-modified. none: they are not. auto: estimated with
+    label_shift, and none with the others."""
     seed: int = 0
     """Decides initialisation, sample order, augmentation and dropout."""
     faithful: bool = False
@@ -177,6 +228,8 @@ class AdaptOptions(DataOptions):
     """Ray cluster to use, for example auto. Default: start one on this machine."""
     dashboard: bool = True
     """Serve the Ray dashboard on 127.0.0.1 while running."""
+    prior: PriorOptions = field(default_factory=PriorOptions)
+    """Class frequencies of the target."""
     eplc: EplcOptions = field(default_factory=EplcOptions)
     """Options of the recipe eplc."""
     rectified: RectifiedOptions = field(default_factory=RectifiedOptions)
@@ -187,6 +240,8 @@ class AdaptOptions(DataOptions):
     """Options of the recipe proda."""
     meta_pseudo_labels: MetaPseudoLabelsOptions = field(default_factory=MetaPseudoLabelsOptions)
     """Options of the recipe meta_pseudo_labels."""
+    label_shift: LabelShiftOptions = field(default_factory=LabelShiftOptions)
+    """Options of the recipe label_shift."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,6 +272,11 @@ class AdaptOptions(DataOptions):
             raise RunError(f"--to-stage is {self.to_stage}, before --from-stage {self.from_stage}; no stage would run")
         if self.student_init is not None and self.student_network is None and not recipe(self.recipe).own_student:
             raise RunError("--student-init belongs to --student-network; give that, too, or --init")
+        if self.prior.refine_steps and self.resolved_adjust_prior is None:
+            raise RunError(
+                "--prior.refine-steps refines classifiers to the target's class frequencies, and --adjust-prior says "
+                "none; give --adjust-prior estimated, a table or a file"
+            )
         if self.held_out < 0:
             raise RunError(f"--held-out is {self.held_out}; give a number of images, or 0")
         chosen = getattr(self, self.recipe, None)
@@ -228,10 +288,11 @@ class AdaptOptions(DataOptions):
     @property
     def OPEN(self) -> dict[str, tuple[Any, Any]]:  # noqa: N802
         """What an option that is left open stands for: in our default, and in the published system of the recipe."""
-        hard, rare = recipe(self.recipe).published_term
+        chosen = recipe(self.recipe)
+        hard, rare = zip(chosen.term, chosen.published_term, strict=True)
         return {
-            "hard_pixels": (SegmentationTerm.hard_percentile, hard),
-            "rare_weight": (SegmentationTerm.max_value, rare),
+            "hard_pixels": hard,
+            "rare_weight": rare,
             "norm_affine": ("train", "freeze"),
         }
 
@@ -241,6 +302,14 @@ class AdaptOptions(DataOptions):
         if self.refresh != "auto":
             return self.refresh
         return "once" if self.faithful or self.pseudo_labels is not None else "continuous"
+
+    @property
+    def resolved_adjust_prior(self) -> str | None:
+        """What auto stands for; None for none."""
+        wanted = self.adjust_prior
+        if wanted == "auto":
+            wanted = "estimated" if recipe(self.recipe).adjusts else "none"
+        return None if wanted == "none" else wanted
 
     @property
     def resolved_precision(self) -> Literal["auto", "float32", "bfloat16"]:
@@ -258,14 +327,18 @@ class AdaptOptions(DataOptions):
         return Path(self.runs).absolute() / self.name
 
 
+GROUPS: dict[str, type[Any]] = {"prior": PriorOptions, **RECIPE_OPTIONS}
+"""Fields of :class:`AdaptOptions` that hold options of their own, and their types."""
+
+
 def command_line(options: AdaptOptions) -> str:
     """The command that repeats a run: every option that is not at its default, but neither name nor place."""
     parts = ["python", "run.py", *([] if options.source is not None else ["--benchmark", options.benchmark])]
-    for prefix, given in (("", options), *((f"{name}.", getattr(options, name)) for name in RECIPE_OPTIONS)):
+    for prefix, given in (("", options), *((f"{name}.", getattr(options, name)) for name in GROUPS)):
         for item in dataclasses.fields(given):
             value = getattr(given, item.name)
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-            if value == default or item.name in (*RECIPE_OPTIONS, "benchmark", "name", "runs"):
+            if value == default or item.name in (*GROUPS, "benchmark", "name", "runs"):
                 continue
             flag = f"{prefix}{item.name}".replace("_", "-")
             if isinstance(value, bool):
@@ -320,7 +393,7 @@ def read_options(path: str | Path, kind: type[Options] = AdaptOptions) -> Option
     """
     try:
         plain: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        nested: dict[str, Any] = {name: group(**plain.pop(name, {})) for name, group in RECIPE_OPTIONS.items()}
+        nested: dict[str, Any] = {name: group(**plain.pop(name, {})) for name, group in GROUPS.items()}
         return kind(**plain, **nested)
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from error

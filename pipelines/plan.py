@@ -18,8 +18,10 @@ from models.networks.discriminators import (
     FullyConvDiscriminator,
     MultiScaleDiscriminator,
     PatchDiscriminator,
+    PixelDiscriminator,
     SeparableDiscriminator,
 )
+from models.networks.fada import FadaConfig
 from models.networks.layouts import with_published_copies
 from models.networks.segmenter import Outputs
 from pipelines.recipes.recipe import Size
@@ -30,8 +32,9 @@ DISCRIMINATORS: dict[str, Callable[[int], nn.Module]] = {
     "Patch": PatchDiscriminator,
     "FCD": FullyConvDiscriminator,
     "DSC": SeparableDiscriminator,
+    "Pixel": PixelDiscriminator,
 }
-"""Of MRNet (it has two), of ProDA, and both of BiSeNet, with the published widths (methods 2.5)."""
+"""Of MRNet (it has two), of ProDA, both of BiSeNet, and of FADA, with the published widths (methods 2.5)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class CostRow:
     Attributes:
         name: of :data:`models.networks.build.PUBLISHED` or of :data:`DISCRIMINATORS`.
         kind: which of the two.
-        cost: for a batch of whole images, or of class probabilities at the images' size.
+        cost: for a batch of whole images, or of class probabilities at the images' size; of Pixel, for the features
+            that fada101 makes of such images.
         unused: parameters that published files have beside those: a classifier of a thousand classes.
     """
 
@@ -80,8 +84,11 @@ def costs(
             found = _cost(name, network, images, _trained_scores)
             rows.append(CostRow(name, "network", found, _unused(network)))
         probabilities = torch.empty(batch, classes, height, width, dtype=dtype)
+        sides = (-(-side // 8) for side in (height, width))
+        features = torch.empty(batch, FadaConfig().feature_channels, *sides, dtype=dtype)
         for name, build in DISCRIMINATORS.items():
-            found = _cost(name, build(classes).to(dtype), probabilities, _patch_scores)
+            inputs = features if build is PixelDiscriminator else probabilities
+            found = _cost(name, build(classes).to(dtype), inputs, _patch_scores)
             rows.append(CostRow(name, "discriminator", found))
     return rows
 

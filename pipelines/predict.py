@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from actors.errors import RunError, UnreadableImage
+from models.label_shift import adjusted_logits
 from models.networks.segmenter import upsample
 from models.uncertainty import UncertaintyRule, draw_masks, mean_probabilities, monte_carlo_labels, trunk_views
 from pipelines import pictures
 from pipelines.datasets.classes import ClassSet
 from pipelines.datasets.dataset import read_image
 from pipelines.deployed import format_of, open_model, read_card
+from pipelines.run_prior import prior_for, temperature_of
 from pipelines.trained import Trained, load_trained, newest_run
 from pipelines.views import network_input
 from pipelines.weights import Weights
@@ -95,9 +97,17 @@ class Predictor:
         device: where it runs.
         passes: Monte-Carlo dropout passes; 0 for none.
         rate: channel dropout rate of the passes.
+        offset: C, added to the class scores: inference adjustment (methods §7.4); None for nothing.
     """
 
-    def __init__(self, trained: Trained, device: torch.device, passes: int = 0, rate: float = 0.1) -> None:
+    def __init__(
+        self,
+        trained: Trained,
+        device: torch.device,
+        passes: int = 0,
+        rate: float = 0.1,
+        offset: NDArray[np.float64] | None = None,
+    ) -> None:
         if passes and not trained.network.heads():
             raise RunError(
                 f"--passes is {passes}, but the network of {trained.folder} has no dropout before its classifiers, so "
@@ -105,6 +115,7 @@ class Predictor:
             )
         self.trained, self.device, self.passes, self.rate = trained, device, passes, rate
         self.origin, self.step, self.classes = trained.folder, trained.step, trained.description.classes
+        self.offset = None if offset is None else torch.from_numpy(offset).float().to(device)
 
     def __call__(self, image: NDArray[np.uint8]) -> Prediction:
         """See :class:`PicturePredictor`."""
@@ -112,7 +123,7 @@ class Predictor:
         batches = [network_input(self._at(image, view), network.config.pixels) for view in description.views]
         views = trunk_views(network, batches, mirror=description.mirrored)
         size = _size_for_probabilities(image, len(self.classes))
-        confidence, mask = mean_probabilities(network, views, None, size)[0].max(dim=0)
+        confidence, mask = mean_probabilities(network, views, None, size, self.offset)[0].max(dim=0)
         deviation = None
         if self.passes:
             masks = draw_masks(
@@ -124,7 +135,8 @@ class Predictor:
                 rate=self.rate,
                 device=self.device,
             )
-            deviation = monte_carlo_labels(network, views, masks, size, UncertaintyRule("std")).std
+            rule = UncertaintyRule("std")
+            deviation = monte_carlo_labels(network, views, masks, size, rule, offset=self.offset).std
         return _at_own_size(image, mask, confidence, None if deviation is None else deviation[0])
 
     def _at(self, image: NDArray[np.uint8], view: Size) -> torch.Tensor:
@@ -141,16 +153,19 @@ class ModelPredictor:
     Args:
         path: its file, with its card beside it.
         threads: CPU threads.
+        adjust_prior: class frequencies that predictions are adjusted to: a TOML file, a published table, or ``none``.
 
     Raises:
-        RunError: it is no such file, what runs it is not installed, or it has no card.
+        RunError: it is no such file, what runs it is not installed, or it has no card; or there is no such table.
     """
 
-    def __init__(self, path: str | Path, threads: int) -> None:
+    def __init__(self, path: str | Path, threads: int, adjust_prior: str = "none") -> None:
         self.origin = Path(path).absolute()
         model_format = format_of(self.origin)
         self.card = read_card(self.origin)
         self.step, self.classes = self.card.step, self.card.classes
+        prior = prior_for(adjust_prior, self.classes.names, None)
+        self.offset = torch.zeros(len(self.classes)) if prior is None else torch.from_numpy(prior.offset).float()
         self.run = open_model(self.origin, model_format, threads)
 
     def __call__(self, image: NDArray[np.uint8]) -> Prediction:
@@ -161,6 +176,7 @@ class ModelPredictor:
         """
         height, width = image.shape[:2]
         scores = torch.from_numpy(self._scores(_resized(image, self.card.size_for(width, height))))
+        scores = adjusted_logits(scores, self.offset)
         size = _size_for_probabilities(image, len(self.classes))
         confidence, mask = upsample(scores.softmax(dim=1), size)[0].max(dim=0)
         return _at_own_size(image, mask, confidence, None)
@@ -195,6 +211,7 @@ def predict(
     weights: Weights = "last",
     passes: int = 0,
     threads: int | None = None,
+    adjust_prior: str = "none",
 ) -> Predicted:
     """Predict pictures and write the results.
 
@@ -208,10 +225,12 @@ def predict(
         weights: ``last`` or ``recommended``, see :func:`pipelines.trained.load_trained`.
         passes: Monte-Carlo dropout passes for the uncertainty; 0 for none.
         threads: CPU threads; None for all cores.
+        adjust_prior: class frequencies that predictions are adjusted to: ``estimated``, those that
+            :mod:`pipelines.run_prior` wrote into the run directory; a published table; a TOML file; or ``none``.
 
     Raises:
-        RunError: there is no such run, model or picture, none of the pictures can be read, or the results cannot be
-            written.
+        RunError: there is no such run, model, table or picture, none of the pictures can be read, or the results cannot
+            be written.
     """
     target = Path(out).resolve()
     try:
@@ -226,9 +245,12 @@ def predict(
     predictor: PicturePredictor
     if model is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        predictor = Predictor(load_trained(newest_run(runs) if run is None else run, device, weights), device, passes)
+        trained = load_trained(newest_run(runs) if run is None else run, device, weights)
+        prior = prior_for(adjust_prior, trained.description.classes.names, trained.folder)
+        offset = None if prior is None else temperature_of(trained.folder) * prior.offset
+        predictor = Predictor(trained, device, passes, offset=offset)
     else:
-        predictor = ModelPredictor(model, threads)
+        predictor = ModelPredictor(model, threads, adjust_prior)
     done = Predicted(predictor.origin, predictor.step, target)
     if len(files) < len(found):
         done.skipped.append(f"{len(found) - len(files)} pictures that lie in {target}, where the results go")

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from pipelines.benchmarks import benchmark
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import Split
 from pipelines.options import AdaptOptions
+from pipelines.priors import write_prior
 from pipelines.recipes import RECIPES
 from pipelines.results import CONFUSION, ROW_NAMES, protocol, write_confusion
+from pipelines.run_prior import FILE as PRIOR
+from pipelines.run_prior import estimate_with, prior_for
 from pipelines.setup import Setup, resolve
 from pipelines.trained import FILE, check_fits, check_same_classes, read_description
 from pipelines.views import PIXELS
@@ -39,14 +43,20 @@ WORST_SIDE = 480
 """Longer side of a picture in the row of an overlay, in pixels."""
 PUBLISHED_PIXELS: Pixels = "bgr_city"
 """What published BiSeNets read of Cityscapes (Q-BI-4); its files do not say so."""
+MOST_OFFSETS = 5
 COLUMNS = ("image", "class", "iou", "label_pixels", "predicted_pixels", "shared_pixels")
 
 
-def rescore(options: AdaptOptions) -> dict[str, Any]:
+def rescore(options: AdaptOptions, adjust_prior: str = "none") -> dict[str, Any]:
     """Score a run's newest checkpoint; rows that the run measured itself are taken from its ``results.json``.
 
     Beside the scores it writes ``per_image.csv``, ``confusion.csv`` and ``worst/`` into the folder ``evaluation``; the
     last are overlays of the images with the lowest mean IoU over the classes that their labels hold.
+
+    Args:
+        options: of the run.
+        adjust_prior: class frequencies of the target that scores are adjusted to: ``estimated``, now and with these
+            weights, and written to ``prior.toml`` there; a published table; a TOML file; or ``none``.
 
     Raises:
         RunError: the run has no checkpoint, or one of another network than its options say, or there is nothing to
@@ -62,8 +72,10 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     path = folder / "results.json"
     known: dict[str, Any] = json.loads(path.read_text())["scores"] if path.is_file() else {}
     scores = {row: known.get(row) for row in ROW_NAMES}
+    prior = _adjust(setup, scorer, weights, adjust_prior, folder / "evaluation")
     scores["adapted"], *also = _scored(setup, scorer, weights, folder / "evaluation")
     return {
+        "prior": prior,
         "benchmark": setup.benchmark.name,
         "recipe": options.recipe,
         "data": setup.data,
@@ -76,7 +88,9 @@ def rescore(options: AdaptOptions) -> dict[str, Any]:
     }
 
 
-def score_file(path: str, data: Mapping[str, Any], out: str, pixels: Pixels | None = None) -> dict[str, Any]:
+def score_file(
+    path: str, data: Mapping[str, Any], out: str, pixels: Pixels | None = None, adjust_prior: str = "none"
+) -> dict[str, Any]:
     """Score a whole network in a published layout, in the published protocol of its system and of a benchmark.
 
     What is in the file decides: a network with one head is ProDA's, which sees whole images once; the outputs of its
@@ -89,6 +103,7 @@ def score_file(path: str, data: Mapping[str, Any], out: str, pixels: Pixels | No
         out: folder for what :func:`rescore` writes beside the scores.
         pixels: what the network reads, of :data:`pipelines.views.PIXELS`; None to see for oneself, as
             :func:`_pixels_of` does.
+        adjust_prior: see :func:`rescore`.
 
     Raises:
         RunError: it cannot be read, is of another network, of classes that the benchmark does not have, or a backbone
@@ -100,8 +115,8 @@ def score_file(path: str, data: Mapping[str, Any], out: str, pixels: Pixels | No
     state = read_weights(path)
     if not is_whole_network(state):
         raise RunError(
-            f"{path} has no classifier layer5.head and no path saptial_path: it is a backbone alone, which cannot be "
-            "scored, or of another system; give a whole network of MRNet, EPLC, ProDA or BiSeNet"
+            f"{path} has no classifier layer5.head or conv2d_list and no path saptial_path: it is a backbone alone, "
+            "which cannot be scored, or of another system; give a whole network of MRNet, EPLC, ProDA, BiSeNet or FADA"
         )
     options = AdaptOptions(**data, init=path, name="file", references="never")
     setup = resolve(_scored_as(options, described(state)), to_train=False)
@@ -113,8 +128,10 @@ def score_file(path: str, data: Mapping[str, Any], out: str, pixels: Pixels | No
     check_initial(path, scorer.network)
     load_initial(path, scorer.network)
     weights = {name: tensor.cpu().numpy() for name, tensor in scorer.network.state_dict().items()}
+    prior = _adjust(setup, scorer, weights, adjust_prior, Path(out).absolute())
     score, *also = _scored(setup, scorer, weights, Path(out).absolute())
     return {
+        "prior": prior,
         "benchmark": setup.benchmark.name,
         "weights": Path(path).name,
         "data": setup.data,
@@ -142,9 +159,37 @@ def label_lines(results: dict[str, Any]) -> list[str]:
             f"labels {'×'.join(map(str, score['label_size']))}, {score['images']} images: {means}; pixel accuracy "
             f"{score['accuracy']:.1f} ({score['accuracy_ignored_wrong']:.1f} with ignored pixels as errors)"
         )
+    if results["prior"] is not None:
+        offsets = results["prior"]["offset"]
+        most = sorted(offsets, key=lambda name: -abs(offsets[name]))[:MOST_OFFSETS]
+        said = ", ".join(f"{name} {offsets[name]:+.2f}" for name in most)
+        lines.append(f"class scores are adjusted ({results['prior']['from']}), most of all {said}")
     if "pixels" in protocol:
         lines.append(f"the network read {protocol['pixels']} pixels; --pixels changes that")
     return lines
+
+
+def _adjust(
+    setup: Setup, scorer: Scorer, weights: dict[str, np.ndarray], wanted: str, folder: Path
+) -> dict[str, Any] | None:
+    """Have a scorer adjust class scores to the target's class frequencies.
+
+    Returns:
+        Where the frequencies are from, and what is added to the scores; None for nothing.
+    """
+    names = setup.benchmark.classes.names
+    estimate_now = partial(estimate_with, setup, weights, setup.options.prior.method, scorer.device)
+    prior = prior_for(wanted, names, None, estimate_now)
+    if prior is None:
+        return None
+    if wanted == "estimated":
+        try:
+            write_prior(folder / PRIOR, prior)
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+    offset = setup.options.prior.temperature * prior.offset
+    scorer.offset = torch.from_numpy(offset).float().to(scorer.device)
+    return {"from": wanted, "about": prior.about, "offset": dict(zip(names, offset.tolist(), strict=True))}
 
 
 def _scored_as(options: AdaptOptions, found: Config) -> AdaptOptions:

@@ -91,6 +91,7 @@ def assemble(
         "teachers": {
             key: teachers.get(key) for key in ("images_per_s", "idle_share", "labels_made", "teacher_failures")
         },
+        "prior": _prior(setup, teachers),
         "trainable_teacher": None if learner is None else {key: learner.get(key) for key in LEARNER},
         "label_age_steps": student["label_age_steps"],
         "label_free": label_free,
@@ -98,6 +99,19 @@ def assemble(
         "seed": setup.options.seed,
         "run": record(setup),
         "versions": versions(),
+    }
+
+
+def _prior(setup: Setup, teachers: dict[str, Any]) -> dict[str, Any] | None:
+    """Class frequencies of source and target that labels were last adjusted to; None where they were not."""
+    plan = next((labels.prior for labels in setup.labels.values() if labels.prior is not None), None)
+    if plan is None or teachers.get("target_prior") is None:
+        return None
+    return {
+        "method": plan.method if plan.target is None else setup.options.adjust_prior,
+        "source": list(plan.source),
+        "target": teachers["target_prior"],
+        "shift": teachers["prior_shift"],
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from actors.errors import RunError
 from actors.evaluator import Scorer
+from actors.prior_estimate import PriorPlan, SourceSight
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from actors.showcase import Showcase
 from actors.watcher import Watcher
@@ -24,14 +25,18 @@ from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_b
 from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
 from pipelines.options import AdaptOptions, DataOptions
+from pipelines.prior_estimation import SourceImages, Survey, prior_plan
+from pipelines.priors import published_names
 from pipelines.pseudo_labels.given import check_given, with_given_labels
 from pipelines.pseudo_labels.table import Table
 from pipelines.recipes import recipe
 from pipelines.recipes.few_labels import with_few_labels
 from pipelines.recipes.light_student import with_light_student
 from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, preset
+from pipelines.recipes.refinement import REFINEMENT, with_refinement
 from pipelines.recipes.supervised import reference_stages
-from pipelines.streams import SampleOrder, SampleStream, SplitReader
+from pipelines.source_statistics import class_pixels
+from pipelines.streams import ClassAwareOrder, SampleOrder, SampleStream, SplitReader
 from pipelines.views import input_of
 from pipelines.weights import check_initial, load_initial
 
@@ -98,6 +103,17 @@ class Setup:
     def data(self) -> str:
         """``real`` or ``miniature``, wherever a score stands."""
         return "miniature" if self.options.on_miniature else "real"
+
+    @property
+    def source_sight(self) -> SourceImages:
+        """Labelled source images, for estimates of what is taken for what."""
+        return SourceImages(SplitReader(self.domains.source, self.cache), self.preset.stages[-1].source_size)
+
+    def survey(self, ignore_bottom: float | None = None, source: SourceSight | None = None) -> Survey:
+        """What asks a network how frequent classes look on the target images, without what shows the camera's car."""
+        bottom = self.benchmark.bonnet if ignore_bottom is None else ignore_bottom
+        view, temperature = self.preset.label_views[-1], self.options.prior.temperature
+        return Survey(self.target_reader, view, self.options.seed, bottom, temperature, source)
 
     def network_with(self, names: Iterable[str]) -> nn.Module:
         """That of the run's networks whose tensors have these names, on the ``meta`` device; the last if none has."""
@@ -186,6 +202,7 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         init=_absolute(options.init),
         student_init=_absolute(options.student_init),
         pseudo_labels=_absolute(options.pseudo_labels),
+        adjust_prior=_absolute_file(options.adjust_prior),
     )
     cache = DecodeCache(str(Path(options.data).absolute() / "decoded") if options.cache else None)
     ingredients = _ingredients(named, chosen, pair, size, domains, cache, to_train, student)
@@ -212,10 +229,15 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
             "--references always trains source-only and oracle from the same start, and a whole network that has been "
             "trained before would make neither of them what it is called; leave it out, or start from a backbone"
         )
+    prior = _prior(named, pair, domains, stages)
+    if prior is not None and not options.prior.refine_steps:
+        stages = _with_adjusted_labels(stages, prior, _sight(prior, domains, size, cache))
     makes = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
-    stages = stages[options.from_stage - 1 : options.to_stage]
+    every, stages = stages, stages[options.from_stage - 1 : options.to_stage]
+    if prior is not None and options.prior.refine_steps:
+        stages = _with_refinement(named, every, stages, ingredients, prior, _sight(prior, domains, size, cache))
     if options.pseudo_labels is not None:
         stages = with_given_labels(stages)
     _check_batches(options, network, stages)
@@ -261,6 +283,7 @@ def _ingredients(
         norm_affine=options.norm_affine,
         norm_images=options.norm_images,
         alignment=options.mrnet,
+        term=chosen.term,
         published_term=chosen.published_term,
         reader=SplitReader(domains.target, cache),
         from_stage=options.from_stage,
@@ -271,6 +294,7 @@ def _ingredients(
         student_backbone=None if options.student_init is None else partial(load_initial, options.student_init),
         given=options.pseudo_labels is not None,
         source=_opener(domains.source, options.seed, "source", cache),
+        by_class=_by_class(domains.source, options, cache),
         target=_opener(domains.target, options.seed, "target", cache),
         target_labelled=None
         if domains.target_labelled is None
@@ -364,7 +388,92 @@ def _named_network(role: str, name: str, size: Preset, families: tuple[Heads, ..
     if found.heads not in families:
         able = [known for known, config in PUBLISHED.items() if config.heads in families]
         raise RunError(f"--{role}-network {name} is of a family that the recipe cannot train; give {' or '.join(able)}")
-    return replace(found, pixels=size.network.pixels) if found.heads == size.network.heads else found
+    backbones = {getattr(config, "backbone", None) for config in (found, size.network)}
+    alike = found.heads == size.network.heads and len(backbones) == 1  # a VGG-16 reads what no ResNet does
+    return replace(found, pixels=size.network.pixels) if alike else found
+
+
+def _prior(options: AdaptOptions, pair: Benchmark, domains: Domains, stages: tuple[StagePlan, ...]) -> PriorPlan | None:
+    """The class frequencies of the target that labels, or classifiers, are adjusted to; None where nothing is.
+
+    Raises:
+        RunError: there is nothing to adjust, or no such table or file.
+    """
+    wanted = options.resolved_adjust_prior
+    if wanted is None:
+        return None
+    if not options.prior.refine_steps:
+        first = next((number for number, stage in enumerate(stages, 1) if stage.labels is not None), None)
+        nothing = None
+        if options.pseudo_labels is not None:
+            nothing = "--pseudo-labels are taken as they are"
+        elif first is None:
+            nothing = f"recipe {options.recipe} makes no pseudo labels; run.py evaluate and predict adjust without any"
+        elif first < options.from_stage:
+            nothing = f"of the stages with pseudo labels the first is adjusted, {first}, and the run begins after it"
+        if nothing is not None and options.adjust_prior == "auto":
+            return None
+        if nothing is not None:
+            raise RunError(f"--adjust-prior {wanted} would change nothing: {nothing}. Leave it out")
+    return prior_plan(wanted, options.prior, pair.classes, domains.source, statistics_folder(options))
+
+
+def _sight(prior: PriorPlan, domains: Domains, size: Preset, cache: DecodeCache) -> SourceImages | None:
+    """Labelled source images, where an estimate needs to see what is taken for what on them."""
+    if prior.target is not None or prior.method != "confusion":
+        return None
+    return SourceImages(SplitReader(domains.source, cache), size.stages[-1].source_size)
+
+
+def _with_adjusted_labels(
+    stages: tuple[StagePlan, ...], prior: PriorPlan, sight: SourceImages | None
+) -> tuple[StagePlan, ...]:
+    """The stages of a recipe with the first labels adjusted to the target's class frequencies.
+
+    Labels after the first are made by networks that have learned from adjusted ones: to adjust them, too, would count
+    the same frequencies twice.
+    """
+    first = next(number for number, stage in enumerate(stages) if stage.labels is not None)
+    labels = stages[first].labels
+    assert labels is not None
+    return (
+        *stages[:first],
+        replace(stages[first], labels=replace(labels, prior=prior, source=sight)),
+        *stages[first + 1 :],
+    )
+
+
+def _with_refinement(
+    options: AdaptOptions,
+    every: tuple[StagePlan, ...],
+    run: tuple[StagePlan, ...],
+    ingredients: Ingredients,
+    prior: PriorPlan,
+    sight: SourceImages | None,
+) -> tuple[StagePlan, ...]:
+    """Of all stages of a recipe those that are run, and refinement before the first that has labels.
+
+    Raises:
+        RunError: that one lies before those that are run.
+    """
+    labels = next((stage.labels for stage in every if stage.labels is not None), None)
+    bottom = ingredients.bonnet if labels is None else getattr(labels.rule, "ignore_bottom", 0.0)
+    reader, asked = ingredients.reader, options.prior
+    assert reader is not None
+    survey = Survey(reader, ingredients.preset.label_views[-1], options.seed, bottom, prior.temperature, sight)
+    refined = with_refinement(
+        every, ingredients, prior, survey, asked.refine_steps, asked.refine_rate, asked.refine_over
+    )
+    at = next(number for number, stage in enumerate(refined) if stage.name == REFINEMENT)
+    place = at - (options.from_stage - 1)
+    if place > len(run):  # the run ends before it
+        return run
+    if place < 0:
+        raise RunError(
+            f"refinement comes before stage {at + 1}, and --from-stage {options.from_stage} is after that; leave "
+            "--prior.refine-steps out, or begin earlier"
+        )
+    return (*run[:place], refined[at], *run[place:])
 
 
 def _check_batches(options: AdaptOptions, network: Callable[[], nn.Module], stages: tuple[StagePlan, ...]) -> None:
@@ -456,6 +565,21 @@ def _opener(split: Split, seed: int, name: str, cache: DecodeCache) -> Callable[
     return open_stream
 
 
+def _by_class(split: Split, options: AdaptOptions, cache: DecodeCache) -> Callable[[Size, View], Stream]:
+    """Opens a stream whose images are drawn by class; their labels are counted when one is opened."""
+
+    def open_stream(size: Size, view: View) -> Stream:
+        order = ClassAwareOrder.of(class_pixels(split, statistics_folder(options)).presence, options.seed, "source")
+        return SampleStream(split=split, size=size, order=order, view=view, cache=cache)
+
+    return open_stream
+
+
+def statistics_folder(options: AdaptOptions) -> Path | None:
+    """Where counts of labels are kept."""
+    return Path(options.data).absolute() if options.cache else None
+
+
 def _scorer(
     networks: tuple[Callable[[], nn.Module], ...],
     reader: SplitReader,
@@ -481,6 +605,11 @@ def _scorer(
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
+
+
+def _absolute_file(name: str) -> str:
+    """A file's absolute path; what is no file, such as the name of a published table, stays."""
+    return str(Path(name).absolute()) if name not in published_names() and Path(name).is_file() else name
 
 
 def _watcher(

@@ -24,13 +24,15 @@ import torch
 
 from actors.protocols import RawBatch, View
 from pipelines.blocks import SPARES, ReadPlan, SampleFile, SegmentReader, decode_image
-from pipelines.datasets.dataset import Split
+from pipelines.datasets.dataset import DataError, Split
 from pipelines.decode_cache import DecodeCache
 
 Size = tuple[int, int]
 BLOCK_BYTES = 8_000_000
 SEGMENT_BLOCKS = 16
 QUEUE_BATCHES = 4
+DRAWS = 3000
+"""Positions of a block of class-aware sampling (methods §7.1)."""
 
 
 @lru_cache(maxsize=8)
@@ -54,6 +56,79 @@ class SampleOrder:
             inside = epochs == epoch
             result[inside] = _permutation(self.images, self.seed, self.name, int(epoch))[offsets[inside]]
         return result
+
+
+@dataclass(frozen=True)
+class ClassAwareOrder:
+    """FADA's sampling of the source, by position: a class is drawn, then an image that shows it (methods §7.1).
+
+    In blocks of 3000 positions, class c has probability ∝ 1/ln(1.01 + share_c), where share_c is its share of the class
+    occurrences (an image counts once for every class that it shows) in the images drawn so far in the block. Its images
+    take turns, shuffled anew whenever all had theirs. The block is then shuffled.
+
+    The published runs go on with the turns of a class from block to block. Here every block begins anew, so that any
+    position can be had without those before it. A class that no image shows is never drawn, nor is an image without a
+    class.
+
+    Attributes:
+        present: which classes an image shows, images × classes bits, packed: it travels to students.
+        images: in the split.
+        classes: C.
+        seed: of the run.
+        name: of the stream.
+    """
+
+    present: bytes
+    images: int
+    classes: int
+    seed: int
+    name: str
+
+    @staticmethod
+    def of(presence: np.ndarray, seed: int, name: str) -> ClassAwareOrder:
+        """An order of images by the classes that they show, bool images × C.
+
+        Raises:
+            DataError: no image shows any class.
+        """
+        if not presence.any():
+            raise DataError(
+                f"{name}: none of the {len(presence)} labels has a pixel of any class, so no image can be drawn for "
+                "one. Look at the labels with `data check`, or sample without regard to classes."
+            )
+        images, classes = presence.shape
+        return ClassAwareOrder(np.packbits(presence).tobytes(), images, classes, seed, name)
+
+    def indices(self, positions: np.ndarray) -> np.ndarray:
+        """The image index at each global position, int64; a pure function of (presence, seed, name, position)."""
+        blocks, offsets = np.divmod(np.asarray(positions, np.int64), DRAWS)
+        result = np.empty_like(offsets)
+        for block in np.unique(blocks):
+            inside = blocks == block
+            result[inside] = _class_aware_block(self, int(block))[offsets[inside]]
+        return result
+
+
+@lru_cache(maxsize=8)
+def _class_aware_block(order: ClassAwareOrder, block: int) -> np.ndarray:
+    bits = np.unpackbits(np.frombuffer(order.present, np.uint8), count=order.images * order.classes)
+    presence = bits.reshape(order.images, order.classes).astype(bool)
+    rng = np.random.default_rng([order.seed, zlib.crc32(order.name.encode()), block])
+    queues = [rng.permutation(np.flatnonzero(shown)) for shown in presence.T]
+    turns = [0] * order.classes
+    drawable = presence.any(0)
+    occurrences = np.zeros(order.classes)
+    drawn = np.empty(DRAWS, np.int64)
+    for draw, uniform in enumerate(rng.random(DRAWS)):
+        weights = drawable / np.log(1.01 + occurrences / max(1.0, occurrences.sum()))
+        limits = weights.cumsum()
+        chosen = int(np.searchsorted(limits, uniform * limits[-1], side="right"))
+        if turns[chosen] == len(queues[chosen]):
+            queues[chosen], turns[chosen] = rng.permutation(queues[chosen]), 0
+        drawn[draw] = queues[chosen][turns[chosen]]
+        turns[chosen] += 1
+        occurrences += presence[drawn[draw]]
+    return rng.permutation(drawn)
 
 
 def rank_positions(position: int, steps: int, batch: int, rank: int, world: int) -> np.ndarray:
@@ -108,7 +183,7 @@ class SampleStream:
 
     split: Split
     size: Size
-    order: SampleOrder
+    order: SampleOrder | ClassAwareOrder
     view: View
     cache: DecodeCache
     read_cpus: float = 0.25

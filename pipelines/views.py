@@ -48,6 +48,7 @@ PIXELS: dict[Pixels, PixelFormat] = {
     "bgr_mean": PixelFormat(MEAN_BGR),
     "rgb_unit": PixelFormat((0.0, 0.0, 0.0), (255.0, 255.0, 255.0), bgr=False),
     "rgb_imagenet": PixelFormat((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), bgr=False),
+    "bgr_vgg": PixelFormat((103.939, 116.779, 123.68)),
     # The published BiSeNet runs: Cityscapes, whose mean is one of RGB values, and GTA5 (Q-BI-4).
     "bgr_city": PixelFormat((73.158359210711552, 82.908917542625858, 72.392398761941593)),
     "bgr_gray": PixelFormat((128.0, 128.0, 128.0)),
@@ -123,6 +124,7 @@ class RandomCrop:
         more_than_values: a crop is drawn again, up to ten times, until its label shows more than this many distinct
             values (255 counts as one); 0 takes the first draw.
         colour: strength of brightness, contrast and saturation jitter; 0 for none.
+        hue: bound of the hue jitter, as a share of the colour circle (FADA: 0.2, methods §2.4); 0 for none.
         autoaugment: MRNet's part of AutoAugment, on the whole image before the crop (Q-MR-1).
         pixels: what the network reads.
     """
@@ -133,6 +135,7 @@ class RandomCrop:
     flip: float = 0.5
     more_than_values: int = 0
     colour: float = 0.0
+    hue: float = 0.0
     autoaugment: bool = False
     pixels: Pixels = "bgr_mean"
 
@@ -159,6 +162,8 @@ class RandomCrop:
         crops = crops.clamp(0, 255)
         if self.colour:
             crops = self._recolour(crops, draws)
+        if self.hue:
+            crops = _hue_turned(crops, self._turns(positions))
         return normalised(crops, self.pixels), _gathered(labels, x, y, (width, height))
 
     def maps(self, labels: Sequence[Tensor], positions: np.ndarray, base: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -202,6 +207,11 @@ class RandomCrop:
     def _policies(self, positions: np.ndarray) -> np.ndarray:
         """Uniform numbers N×5 for AutoAugment, of a stream of their own: without it nothing else changes."""
         return np.stack([np.random.default_rng([self.seed, 8, int(p)]).random(5) for p in positions])
+
+    def _turns(self, positions: np.ndarray) -> np.ndarray:
+        """By how much of the colour circle hues are turned, float32 N, of a stream of their own as well."""
+        drawn = [np.random.default_rng([self.seed, 10, int(p)]).uniform(-self.hue, self.hue) for p in positions]
+        return np.array(drawn, np.float32)
 
     def _candidates(self, draws: np.ndarray, size: tuple[int, int], device: torch.device) -> Boxes:
         """Boxes N×draws; all draws of a sample share its zoom and flip."""
@@ -249,6 +259,25 @@ class RandomCrop:
         images = luma.mean((2, 3), keepdim=True) + contrast * (images - luma.mean((2, 3), keepdim=True))
         luma = (images * torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
         return (luma + saturation * (images - luma)).clamp(0, 255)
+
+
+def _hue_turned(images: Tensor, turns: np.ndarray) -> Tensor:
+    """RGB 0–255, N×3×H×W, with hues moved along the colour circle; HSV's saturation and value stay."""
+    red, green, blue = images.unbind(1)
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    divisor = torch.where(chroma > 0, chroma, 1.0)
+    # In sixths of the circle, counted from red; gray has no hue, and is given one that its chroma of 0 hides.
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    hue = hue + 6 * torch.from_numpy(turns).to(images.device).view(-1, 1, 1)
+    # A channel has the value within a sixth of its own hue, the least one within a sixth of the opposite hue.
+    steps = [torch.remainder(hue + offset, 6) for offset in (5, 3, 1)]
+    falls = [torch.minimum(step, 4 - step).clamp(0, 1) for step in steps]
+    return torch.stack([value - chroma * fall for fall in falls], dim=1)
 
 
 def class_mix(

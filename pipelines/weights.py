@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from models.networks.deeplab import DeepLabConfig, DilatedSegmenter
-from models.networks.layouts import backbone_part, described, fitting, is_whole_network, load
+from models.networks.layouts import (
+    FADA_PARTS,
+    backbone_part,
+    described,
+    fitting,
+    is_whole_network,
+    load,
+    strip_parallel,
+)
 from models.networks.proda import PROTOTYPES
 
 Weights = Literal["last", "recommended"]
@@ -64,7 +72,7 @@ def newest_state(folder: Path, weights: Weights = "last") -> dict[str, Any]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a file, or of the teaching network of a run directory.
 
-    Files are ``.pth``, ``.pt`` or ``.pkl`` of torch, among them ProDA's checkpoints, and ``.safetensors``.
+    Files are ``.pth``, ``.pt`` or ``.pkl`` of torch, among them ProDA's and FADA's checkpoints, and ``.safetensors``.
 
     Raises:
         RunError: there is no such file, or it holds something else; nothing in it is executed.
@@ -88,6 +96,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         loaded = dict(state) if isinstance(state, Mapping) else state
         if isinstance(loaded, dict) and isinstance(inner.get(PRODA_PROTOTYPES), Tensor):
             loaded[PROTOTYPES] = inner[PRODA_PROTOTYPES]
+    if isinstance(loaded, Mapping) and all(isinstance(loaded.get(part), Mapping) for part in FADA_PARTS):
+        parts = {part: strip_parallel(loaded[part]) for part in FADA_PARTS}
+        loaded = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
     for name in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]

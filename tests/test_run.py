@@ -3,13 +3,16 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tyro
 from rich.console import Console
 
 import run
-from pipelines.options import AdaptOptions, write_config, write_options
+from pipelines.options import AdaptOptions, PriorOptions, write_config, write_options
+from pipelines.priors import Prior
 from pipelines.recipes.eplc import EplcOptions
+from pipelines.run_prior import Found
 from tests.own_data import write_own_data
 from tune_spaces.options import SweepOptions
 
@@ -62,7 +65,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones(arguments, known, tmp_pa
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     assert called(["fly"]) == 2
     assert (
-        "unknown command 'fly'; known are adapt, tune, evaluate, predict, report, export, labels, plan, data"
+        "unknown command 'fly'; known are adapt, tune, evaluate, predict, report, export, labels, prior, plan, data"
         in capsys.readouterr().err
     )
 
@@ -80,6 +83,10 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
         (["data", "check", "--source", "a.toml"], "--target"),
         (["data", "prepare", "--source", "a.toml", "--target", "b.toml"], "a.toml does not exist"),
         (["data", "prepare", "--recipe", "magic"], "eplc, rectified, mrnet"),
+        (["prior"], "RUN"),
+        (["prior", "nowhere"], "is no run directory"),
+        (["prior", "nowhere", "--method", "guess"], "guess"),
+        (["prior", "nowhere", "--weights", "best"], "best"),
     ],
 )
 def test_the_other_commands_refuse_what_cannot_work(arguments, text, tmp_path, monkeypatch, capsys):
@@ -132,6 +139,11 @@ def test_data_prepare_says_what_it_did(tmp_path, capsys):
         (["--eplc.mixing", "magic"], "magic"),
         (["--eplc.rounds", "2"], "add --refresh once"),
         (["--refresh", "once", "--eplc.max-label-age", "9"], "max_label_age is 9, but labels of one round"),
+        (["--prior.floor", "0"], "--prior.floor is 0.0"),
+        (["--prior.damping", "1"], "--prior.damping is 1.0"),
+        (["--prior.temperature", "0"], "--prior.temperature is 0.0"),
+        (["--prior.method", "guess"], "guess"),
+        (["--prior.refine-steps", "9"], "--prior.refine-steps refines classifiers"),
         (["--bogus", "1"], "bogus"),
     ],
 )
@@ -149,6 +161,84 @@ def test_a_run_and_a_file_of_weights_are_scored_each_on_what_is_theirs(tmp_path,
     data = ["--preset", "tiny", "--out", str(tmp_path / "out")]
     assert called(["evaluate", str(file), *data]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_the_class_frequencies_of_a_command_reach_what_it_calls(tmp_path, monkeypatch):
+    """Whether of a run, of a file of weights, or for pictures."""
+    from pipelines import predict, rescore
+
+    class HeardError(Exception):
+        pass
+
+    heard = {}
+
+    def listening(name):
+        def call(*given, **more):
+            heard[name] = (given, more)
+            raise HeardError
+
+        return call
+
+    for module, name in ((rescore, "rescore"), (rescore, "score_file"), (predict, "predict")):
+        monkeypatch.setattr(module, name, listening(name))
+    write_config(AdaptOptions(name="run", runs=str(tmp_path)))
+    (tmp_path / "x.pth").write_bytes(b"")
+    for command in (["evaluate", str(tmp_path / "run")], ["evaluate", str(tmp_path / "x.pth")], ["predict", "x.png"]):
+        with pytest.raises(HeardError):
+            called([*command, "--adjust-prior", "mine.toml"])
+    assert heard["rescore"][0][1] == heard["score_file"][0][4] == heard["predict"][1]["adjust_prior"] == "mine.toml"
+    with pytest.raises(HeardError):
+        called(["predict", "x.png"])
+    assert heard["predict"][1]["adjust_prior"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--adjust-prior", "nowhere.toml"], "there is no file nowhere.toml with class frequencies"),
+        (["--adjust-prior", "synthia-original"], "the classes of synthia-original are not those of the run"),
+        (["--recipe", "mrnet", "--adjust-prior", "estimated"], "recipe mrnet makes no pseudo labels"),
+        (["--pseudo-labels", "x", "--adjust-prior", "estimated"], "--pseudo-labels are taken as they are"),
+    ],
+    ids=["no file", "other classes", "no labels", "given labels"],
+)
+def test_class_frequencies_that_cannot_work_are_refused_before_anything_starts(
+    arguments, text, tmp_path, tiny_folder, capsys
+):
+    places = ["--preset", "tiny", "--data", str(tiny_folder / "data"), "--runs", str(tmp_path / "runs")]
+    assert called([*arguments, *places]) == 2
+    said = capsys.readouterr().err
+    assert text in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("truth", [np.array([0.65, 0.35]), None])
+def test_prior_shows_what_was_found_and_where_it_is(truth, tmp_path, monkeypatch, capsys):
+    from pipelines import run_prior
+
+    asked = []
+
+    def estimate_of_run(folder, method, progress, **more):
+        progress(1, 2)
+        asked.append((folder, method, more))
+        prior = Prior(("road", "car [old]"), (0.9, 0.1), (0.6, 0.4), method, "estimated from 2 images")
+        return Found(tmp_path / "prior.toml", prior, 2 * prior.offset, truth, 7)
+
+    monkeypatch.setattr(run_prior, "estimate_of_run", estimate_of_run)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert called(["prior", "here", "--method", "counts", "--out", "there.toml", "--threads", "1"]) == 0
+    assert asked == [("here", "counts", {"out": "there.toml", "weights": "last", "threads": 1})]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "shares of the classes (images that show it), counts, step 7" in said
+    assert f"estimated from 2 images; written to {tmp_path / 'prior.toml'}" in said
+    for part in ("road", "90.000%", "60.000%", "-0.81", "car [old]", "10.000%", "40.000%", "+2.77"):
+        assert part in said, "what is added counts as many times as the run's temperature"
+    assert ("target's labels (pixels)" in said) == ("35.000%" in said) == (truth is not None)
+
+
+def test_by_default_prior_asks_as_a_run_does(monkeypatch):
+    assert run.EstimatePriorOptions("here").method == PriorOptions().method
 
 
 def test_students_that_cannot_share_a_batch_are_refused_before_anything_starts(tmp_path, tiny_folder, capsys):
@@ -252,6 +342,7 @@ def test_help_names_every_command(capsys):
     shown = capsys.readouterr().out
     assert "--resume" in shown
     assert "evaluate" in shown
+    assert "prior RUN" in shown
     assert "tune --resume SWEEP" in shown
 
 
@@ -264,6 +355,7 @@ def test_the_commands_of_the_readme_parse():
         "report": run.ReportOptions,
         "export": run.ExportOptions,
         "plan": run.PlanOptions,
+        "prior": run.EstimatePriorOptions,
         "labels export": run.ExportLabelsOptions,
         "labels import": run.ImportLabelsOptions,
         "data sample": run.SampleOptions,

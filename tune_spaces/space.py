@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from actors.errors import RunError
 from pipelines.choices import decided
-from pipelines.options import RECIPE_OPTIONS, AdaptOptions, DataOptions
+from pipelines.options import GROUPS, RECIPE_OPTIONS, AdaptOptions, DataOptions
 from pipelines.recipes import recipe
 
 if sys.version_info >= (3, 11):
@@ -37,7 +37,7 @@ KEYS = {"values", "low", "high", "step", "log", "published"}
 NONE = "none"
 """How TOML, which has no word for it, spells None."""
 FIXED = {item.name for item in dataclasses.fields(DataOptions)} | {
-    *RECIPE_OPTIONS,
+    *GROUPS,
     *(
         "recipe",
         "faithful",
@@ -262,7 +262,7 @@ def _value(value: Any, optional: bool) -> Any:
 
 def _takes_none(name: str) -> bool:
     group, _, field = name.rpartition(".")
-    kind = get_type_hints(RECIPE_OPTIONS.get(group, AdaptOptions)).get(field)
+    kind = get_type_hints(GROUPS.get(group, AdaptOptions)).get(field)
     return type(None) in get_args(kind)
 
 
@@ -310,9 +310,10 @@ def searchable(options: AdaptOptions) -> dict[str, Any]:
     groups = set() if options.to_stage is not None and options.to_stage <= len(before) else {options.recipe}
     if options.from_stage == 1:
         groups |= set(before)
-    for group in sorted(groups & set(RECIPE_OPTIONS)):
-        hints = get_type_hints(RECIPE_OPTIONS[group])
-        for item in dataclasses.fields(RECIPE_OPTIONS[group]):
+    groups |= set(GROUPS) - set(RECIPE_OPTIONS)  # those of every recipe
+    for group in sorted(groups & set(GROUPS)):
+        hints = get_type_hints(GROUPS[group])
+        for item in dataclasses.fields(GROUPS[group]):
             found[f"{group}.{item.name}"] = hints[item.name]
     return found
 

@@ -1,4 +1,4 @@
-"""Residual backbones: that of the DeepLabV2 family, in its Caffe arrangement, and the usual one.
+"""Backbones: the ResNet of the DeepLabV2 family, in its Caffe arrangement, the usual one, and FADA's VGG-16.
 
 The first differs from torchvision's ResNet in two places that decide whether published weights fit: a
 bottleneck carries its stride on the *first 1x1* convolution, and the stem pools in *ceil mode*, so a
@@ -8,8 +8,10 @@ instead. Module names are those of the checkpoints.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -143,17 +145,51 @@ def _stage(channels_in: int, channels: int, blocks: int, *, stride: int, dilatio
     return nn.Sequential(*stage)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions (the first strided), each with batch norm, added to the shortcut."""
+Norm = Callable[[int], nn.Module]
+"""Builds a normalisation of so many channels."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+
+class FrozenBatchNorm2d(nn.Module):
+    """A batch norm whose statistics and affine are constants, without an epsilon (methods 2.5).
+
+    A variance of zero makes infinite values, as it does in the published runs. No counter is kept.
+
+    Args:
+        channels: of the maps; it begins as the identity.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, h, w) to the same shape: weight / sqrt(variance) * (x - mean) + bias."""
+        scale = self.weight * self.running_var.rsqrt()
+        shift = self.bias - self.running_mean * scale
+        # Unlike batch_norm, its backward pass needs no input: a ResNet-101 trains with half the memory. Under autocast
+        # it computes in float32, whatever the maps are.
+        return torch.addcmul(shift[:, None, None], x, scale[:, None, None]).to(x.dtype)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (the first strided), each with a norm, added to the shortcut."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm(channels)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = _shortcut(channels_in, channels, stride)
+        self.bn2 = norm(channels)
+        self.downsample = _shortcut(channels_in, channels, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, channels_in, h, w) to (N, channels, ceil(h / stride), ceil(w / stride))."""
@@ -163,19 +199,19 @@ class BasicBlock(nn.Module):
 
 
 class StridedBottleneck(nn.Module):
-    """1x1, 3x3 (strided), 1x1, each with batch norm, added to the shortcut: torchvision's bottleneck."""
+    """1x1, 3x3 (strided or dilated), 1x1, each with a norm, added to the shortcut: torchvision's bottleneck."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, dilation: int, norm: Norm) -> None:
         super().__init__()
         channels_out = channels * EXPANSION
         self.conv1 = PointwiseConv2d(channels_in, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn1 = norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = norm(channels)
         self.conv3 = PointwiseConv2d(channels, channels_out)
-        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.bn3 = norm(channels_out)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(channels_in, channels_out, stride)
+        self.downsample = _shortcut(channels_in, channels_out, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, channels_in, h, w) to (N, 4 * channels, ceil(h / stride), ceil(w / stride))."""
@@ -192,35 +228,54 @@ class TorchvisionResNet(nn.Module):
         layers: blocks in each of the four stages.
         width: channels of the stem.
         block: ``basic`` or ``bottleneck``.
+        dilated: whether stages three and four keep the grid of stage two and dilate by 2 and 4 instead (methods 2.5,
+            FADA). The first block of each dilates as the stage before it does.
+        norm: builds the norms.
 
     Attributes:
         channels: of the outputs of the four stages.
+
+    Raises:
+        ValueError: basic blocks shall be dilated.
     """
 
-    def __init__(self, layers: tuple[int, int, int, int], width: int, block: Literal["basic", "bottleneck"]) -> None:
+    def __init__(
+        self,
+        layers: tuple[int, int, int, int],
+        width: int,
+        block: Literal["basic", "bottleneck"],
+        *,
+        dilated: bool = False,
+        norm: Norm = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
-        kind, expansion = (BasicBlock, 1) if block == "basic" else (StridedBottleneck, EXPANSION)
-        self.channels = tuple(expansion * width << k for k in range(4))
+        if dilated and block == "basic":
+            raise ValueError("basic blocks are not dilated; give block='bottleneck'")
+        self.channels = tuple((1 if block == "basic" else EXPANSION) * width << k for k in range(4))
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = norm(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        strides, dilations = ((1, 2, 1, 1), (1, 1, 2, 4)) if dilated else ((1, 2, 2, 2), (1, 1, 1, 1))
         stages: list[nn.Sequential] = []
-        before = width
-        for number, (blocks, channels) in enumerate(zip(layers, self.channels, strict=True), 1):
+        before, dilation = width, 1
+        for number, (blocks, channels) in enumerate(zip(layers, self.channels, strict=True)):
             stage: list[nn.Module] = []
             for index in range(blocks):
-                stride = 2 if index == 0 and number > 1 else 1
-                stage.append(kind(before if index == 0 else channels, channels // expansion, stride))
+                stride = strides[number] if index == 0 else 1
+                if block == "basic":
+                    stage.append(BasicBlock(before, channels, stride, norm))
+                else:
+                    stage.append(StridedBottleneck(before, channels // EXPANSION, stride, dilation, norm))
+                before, dilation = channels, dilations[number]
             stages.append(nn.Sequential(*stage))
-            before = channels
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Maps images (N, 3, H, W) to the outputs of the four stages, at strides 4, 8, 16 and 32."""
+        """Maps images (N, 3, H, W) to the outputs of the four stages, at strides 4, 8, 16 and 32; dilated: 4 and 8."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         one = self.layer1(x)
         two = self.layer2(one)
@@ -228,8 +283,43 @@ class TorchvisionResNet(nn.Module):
         return one, two, three, self.layer4(three)
 
 
-def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential | None:
+def _shortcut(channels_in: int, channels_out: int, stride: int, norm: Norm) -> nn.Sequential | None:
     """A projection where shapes differ."""
     if stride == 1 and channels_in == channels_out:
         return None
-    return nn.Sequential(PointwiseConv2d(channels_in, channels_out, stride=stride), nn.BatchNorm2d(channels_out))
+    return nn.Sequential(PointwiseConv2d(channels_in, channels_out, stride=stride), norm(channels_out))
+
+
+class DilatedVgg16(nn.Sequential):
+    """VGG-16 as DeepLab has it: its convolutions without the last two pools, then fc6 and fc7 as convolutions.
+
+    It answers at stride 8: stage five dilates by 2, fc6 and fc7 are 3x3 convolutions that dilate by 4. Published width:
+    28 872 512 parameters (methods 2.5, 8.5). Convolutions start from Kaiming's normal fan-out rule with zero bias, fc6
+    and fc7 from the framework's. Layers are numbered as in FADA's checkpoints; behind the pool that is missing (23) an
+    ImageNet file has them one number later.
+
+    Args:
+        width: channels of the first stage; the map that it answers with has 16 times as many.
+    """
+
+    MISSING_POOL: ClassVar[int] = 23
+    NEW: ClassVar[tuple[str, str]] = ("29", "31")
+    """Names of fc6 and fc7, whose start no ImageNet file has."""
+
+    def __init__(self, width: int) -> None:
+        stages = ((1, 2, 1), (2, 2, 1), (4, 3, 1), (8, 3, 1), (8, 3, 2), (16, 2, 4))
+        layers: list[nn.Module] = []
+        before = 3
+        for number, (factor, convolutions, dilation) in enumerate(stages):
+            if 1 <= number <= 3:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(convolutions):
+                channels = factor * width
+                layers += [nn.Conv2d(before, channels, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
+                before = channels
+        super().__init__(*layers)
+        for name, module in self.named_children():
+            if isinstance(module, nn.Conv2d) and name not in self.NEW:
+                assert module.bias is not None
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)

@@ -235,6 +235,10 @@ class BiSeNet(Segmenter):
             upsample(self.supervision2(features.layer4), features.size, corners=False),
         )
 
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """Its last convolution: what the others read learns no more, and outside training nobody asks them."""
+        return list(self.conv.parameters())
+
     def parameter_groups(
         self, *, lr: float, head_multiplier: float, duplicates: Duplicates, train_norm_affine: bool
     ) -> list[dict[str, Any]]:

@@ -11,12 +11,23 @@ from torch import nn
 
 from models.networks.bisenet import BiSeNet, BiSeNetConfig
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.fada import Fada, FadaConfig
 from models.networks.proda import Proda
 from models.networks.segmenter import Heads, Segmenter
 
-Config = DeepLabConfig | BiSeNetConfig
-NETWORKS: dict[Heads, Callable[[Any], Segmenter]] = {"mrnet": DeepLab, "proda": Proda, "bisenet": BiSeNet}
-CONFIGS: dict[Heads, type[Any]] = {"mrnet": DeepLabConfig, "proda": DeepLabConfig, "bisenet": BiSeNetConfig}
+Config = DeepLabConfig | BiSeNetConfig | FadaConfig
+NETWORKS: dict[Heads, Callable[[Any], Segmenter]] = {
+    "mrnet": DeepLab,
+    "proda": Proda,
+    "bisenet": BiSeNet,
+    "fada": Fada,
+}
+CONFIGS: dict[Heads, type[Any]] = {
+    "mrnet": DeepLabConfig,
+    "proda": DeepLabConfig,
+    "bisenet": BiSeNetConfig,
+    "fada": FadaConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,9 @@ PUBLISHED: dict[str, Config] = {
     "proda101": replace(_proda(DeepLabConfig()), conv_std=0.01),
     "bisenet18": BiSeNetConfig(),
     "bisenet101": BiSeNetConfig.resnet101(),
+    "fada101": FadaConfig(),
+    "fada101-modified": FadaConfig(aspp="modified"),
+    "fada-vgg16": FadaConfig.vgg16(),
 }
 """The networks of the published systems (methods 2.5), for 19 classes."""
 SMALL: dict[str, Config] = {
@@ -66,6 +80,9 @@ SMALL: dict[str, Config] = {
     "proda101": _proda(DeepLabConfig.small()),
     "bisenet18": BiSeNetConfig(layers=(1, 1, 1, 1), width=16, spatial_width=16),
     "bisenet101": BiSeNetConfig(layers=(2, 2, 3, 2), width=16, spatial_width=16),
+    "fada101": FadaConfig.small(),
+    "fada101-modified": replace(FadaConfig.small(), aspp="modified"),
+    "fada-vgg16": replace(FadaConfig.small(), backbone="vgg16", pixels="bgr_vgg"),
 }
 """Members of the same families that a CPU core can train."""
 

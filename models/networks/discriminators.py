@@ -1,6 +1,7 @@
-"""Discriminators that look at class probabilities.
+"""Discriminators: networks that tell the source domain from the target.
 
-They read a softmax map and answer, patch by patch, whether it came from the source domain.
+Most read a softmax map over the classes and answer patch by patch; FADA's reads features and answers cell by cell, for
+every class of either domain.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -149,6 +151,43 @@ def _enlarged_scores(layers: Sequence[nn.Module], probabilities: Tensor) -> Tens
         x = F.leaky_relu(layer(x), NEGATIVE_SLOPE)
     x = last(x)
     return upsample(x, (UPSAMPLED * x.shape[-2], UPSAMPLED * x.shape[-1]), corners=False)
+
+
+class PixelDiscriminator(nn.Module):
+    """FADA's: which class of which domain a cell of the features is (methods 2.5; Wang et al., ECCV 2020).
+
+    With 19 classes, the features of a ResNet-101 and the published width it has 5 057 702 parameters. State-dict keys
+    are those of the published checkpoints. Weights start from the framework's rule.
+
+    Args:
+        num_classes: that the networks score; it answers for twice as many.
+        features: channels of the map it reads.
+        width: channels of the first convolution; the second has half as many.
+
+    Raises:
+        ValueError: if a count is below one, or the width below two.
+    """
+
+    def __init__(self, num_classes: int, features: int = 2048, width: int = 256) -> None:
+        super().__init__()
+        if num_classes < 1 or features < 1 or width < 2:
+            raise ValueError(
+                f"num_classes is {num_classes}, features is {features} and width is {width}; they must be at least 1, "
+                "1 and 2"
+            )
+        self.D = nn.Sequential(
+            nn.Conv2d(features, width, 3, padding=1),
+            nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
+        )
+        self.cls1 = nn.Conv2d(width // 2, num_classes, 3, padding=1)
+        self.cls2 = nn.Conv2d(width // 2, num_classes, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Scores (N, 2 C, h, w) of the features (N, F, h, w): the classes of the source, then those of the target."""
+        x = self.D(features)
+        return torch.cat((self.cls1(x), self.cls2(x)), dim=1)
 
 
 class ResidualBlock(nn.Module):

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from models.networks.backbone import DilatedVgg16
 from models.networks.bisenet import BiSeNetConfig
 from models.networks.build import Config
 from models.networks.deeplab import DeepLabConfig
+from models.networks.fada import FadaConfig
 from models.networks.proda import EXTRA_NORM, PROTOTYPES
 from models.networks.segmenter import Segmenter
 
@@ -22,6 +24,10 @@ PARALLEL_PREFIX = "module."
 SKIPPED_IN_INIT = ("fc", "layer5")
 COUNTER = "num_batches_tracked"
 SHOWN_NAMES = 3
+FADA_PARTS = ("feature_extractor", "classifier")
+"""Parts of FADA's network, each of which its checkpoints keep apart; in ours their names begin with it."""
+FADA_FEATURES, FADA_CLASSIFIER = "feature_extractor.", "classifier.conv2d_list."
+VGG_FEATURES = "features."
 SPATIAL, BISENET_CONTEXT = "saptial_path.", "context_path."
 BISENET_COPY = f"{BISENET_CONTEXT}features."
 IMAGENET_CLASSES = 1000
@@ -65,7 +71,7 @@ def _few(names: tuple[str, ...]) -> str:
 
 def is_whole_network(state: Mapping[str, Tensor]) -> bool:
     """Whether a file holds a head with its classifier, and not a backbone alone."""
-    return any(key.startswith(("layer5.head.", SPATIAL)) for key in strip_parallel(state))
+    return any(key.startswith(("layer5.head.", SPATIAL, FADA_CLASSIFIER)) for key in strip_parallel(state))
 
 
 def described(state: Mapping[str, Tensor], config: Config | None = None) -> Config:
@@ -78,6 +84,8 @@ def described(state: Mapping[str, Tensor], config: Config | None = None) -> Conf
     given = strip_parallel(state)
     if any(key.startswith(SPATIAL) for key in given):
         return _bisenet(given, config if isinstance(config, BiSeNetConfig) else BiSeNetConfig())
+    if any(key.startswith(FADA_CLASSIFIER) for key in given):
+        return _fada(given, config if isinstance(config, FadaConfig) else FadaConfig())
     return _deeplab(given, config if isinstance(config, DeepLabConfig) else DeepLabConfig())
 
 
@@ -93,6 +101,32 @@ def _bisenet(given: Mapping[str, Tensor], config: BiSeNetConfig) -> BiSeNetConfi
             block=block,
             width=given["context_path.conv1.weight"].shape[0],
             spatial_width=given[f"{SPATIAL}convblock1.conv1.weight"].shape[0],
+        )
+    except (KeyError, ValueError):
+        return config  # whoever loads it says what is missing
+
+
+def _fada(given: Mapping[str, Tensor], config: FadaConfig) -> FadaConfig:
+    """Ordinary norms keep counters and frozen ones do not (Q-UL-4); another backbone than asked for has its pixels."""
+    backbone, fields = f"{FADA_FEATURES}backbone.", dict[str, Any]()
+    if f"{backbone}conv1.weight" in given:
+        stages = [{key.split(".")[3] for key in given if key.startswith(f"{backbone}layer{n}.")} for n in (1, 2, 3, 4)]
+        fields["layers"] = tuple(len(blocks) for blocks in stages)
+        fields["norms"] = "batch" if any(key.endswith(COUNTER) for key in given) else "frozen"
+    first, like = ("conv1", FadaConfig()) if "layers" in fields else ("0", FadaConfig.vgg16())
+    if like.backbone != config.backbone:
+        fields |= {"backbone": like.backbone, "pixels": like.pixels}
+    scores = given.get("classifier.head.1.weight")
+    try:
+        if scores is not None:
+            branch = given[f"{FADA_CLASSIFIER}0.0.weight"]
+            fields |= {"branch_channels": branch.shape[0], "head_channels": scores.shape[1]}
+        return replace(
+            config,
+            **fields,
+            width=given[f"{backbone}{first}.weight"].shape[0],
+            aspp="original" if scores is None else "modified",
+            num_classes=(given[f"{FADA_CLASSIFIER}0.weight"] if scores is None else scores).shape[0],
         )
     except (KeyError, ValueError):
         return config  # whoever loads it says what is missing
@@ -126,24 +160,32 @@ def differences(needed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Di
 def fitting(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published file under the names of a network, whatever of it they fill.
 
-    A file with heads must fit the whole network; prototypes may be absent. Any other fills the backbone: a first
-    component that all names share (``Scale.`` in the DeepLab init) is dropped, classifiers (``fc``, ``layer5``) are
-    skipped, heads keep their fresh start, and batch counters may be absent.
+    A file with heads must fit the whole network; prototypes may be absent, and of FADA's networks batch counters, too.
+    Any other fills the backbone: a first component that all names share (``Scale.`` in the DeepLab init) is dropped,
+    classifiers (``fc``, ``layer5``, those of a VGG) are skipped, heads keep their fresh start (a VGG's fc6 and fc7,
+    too), and batch counters may be absent. Counters that a network with frozen norms does not have are left out.
 
     Raises:
         ValueError: it does not fit; names what is missing, unexpected or of another shape.
     """
     own, given, prefix = network.state_dict(), _without_copies(strip_parallel(state)), _backbone_prefix(network)
     if is_whole_network(given):
-        found = differences({key: value for key, value in own.items() if key != PROTOTYPES or key in given}, given)
+        given = {key: value for key, value in given.items() if key in own or not _is_fada_counter(key)}
+        needed = {
+            key: value for key, value in own.items() if key in given or not (key == PROTOTYPES or _is_fada_counter(key))
+        }
+        found = differences(needed, given)
         if found:
             raise ValueError(f"the checkpoint belongs to another network: {found}")
         return given
-    if not any(key.startswith("conv1.") for key in given):
+    if any(key.startswith(VGG_FEATURES) for key in given):
+        given = _of_vgg(given)
+    elif not any(key.startswith("conv1.") for key in given):
         given = {key.partition(".")[2]: value for key, value in given.items()}
     given = {f"{prefix}{key}": value for key, value in given.items() if key.partition(".")[0] not in SKIPPED_IN_INIT}
+    given = {key: value for key, value in given.items() if key in own or not key.endswith(COUNTER)}
     needed = {key: value for key, value in own.items() if _is_backbone(key, prefix)}
-    needed = {key: value for key, value in needed.items() if key in given or not key.endswith(COUNTER)}
+    needed = {key: value for key, value in needed.items() if key in given or not _may_be_absent(key, prefix)}
     found = differences(needed, given)
     if found:
         raise ValueError(f"the pretrained file does not fit this backbone: {found}")
@@ -208,7 +250,26 @@ def _backbone_prefix(network: nn.Module) -> str:
 
 
 def _is_backbone(key: str, prefix: str) -> bool:
-    return key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in _BACKBONE
+    return key.startswith(prefix) and (prefix != "" or key.partition(".")[0] in _BACKBONE)
+
+
+def _may_be_absent(key: str, prefix: str) -> bool:
+    """Of the tensors of a backbone: counters, and what no VGG of ImageNet has."""
+    return key.endswith(COUNTER) or key.removeprefix(prefix).partition(".")[0] in DilatedVgg16.NEW
+
+
+def _is_fada_counter(key: str) -> bool:
+    return key.startswith(FADA_FEATURES) and key.endswith(COUNTER)
+
+
+def _of_vgg(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The convolutions of an ImageNet file of a VGG-16 under the names of one without its last two pools."""
+    found = {}
+    for key, value in given.items():
+        number, _, rest = key.removeprefix(VGG_FEATURES).partition(".")
+        if key.startswith(VGG_FEATURES) and number.isdecimal():
+            found[f"{int(number) - (int(number) > DilatedVgg16.MISSING_POOL)}.{rest}"] = value
+    return found
 
 
 _BACKBONE = frozenset(("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Heads = Literal["mrnet", "proda", "bisenet"]
-Pixels = Literal["bgr_mean", "rgb_unit", "rgb_imagenet", "bgr_city", "bgr_gray"]
+Heads = Literal["mrnet", "proda", "bisenet", "fada"]
+Pixels = Literal["bgr_mean", "rgb_unit", "rgb_imagenet", "bgr_vgg", "bgr_city", "bgr_gray"]
 Duplicates = Literal["published", "once"]
 
 
@@ -94,6 +94,13 @@ class Segmenter(nn.Module):
     def head_weights(self) -> tuple[float, ...]:
         """Share of every such head's logits in the fused ones."""
         return ()
+
+    def classifier_parameters(self) -> list[nn.Parameter]:
+        """What classifier refinement trains (methods 7.5): the classifiers of :meth:`heads`, where there are some.
+
+        A network without says itself what of it classifies.
+        """
+        return [parameter for head in self.heads() for parameter in head.classifier.parameters()]
 
     def parameter_groups(
         self, *, lr: float, head_multiplier: float, duplicates: Duplicates, train_norm_affine: bool

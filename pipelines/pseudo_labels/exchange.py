@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
 
 from actors.errors import RunError, UnreadableImage
 from actors.labeller import Labeller
+from actors.prior_estimate import Adjustment, estimated
 from actors.protocols import LabelPlan
 from actors.records import decode
 from models.networks.segmenter import Segmenter
 from models.uncertainty import mean_probabilities, trunk_views
 from pipelines.benchmarks import Benchmark, Published
-from pipelines.label_rules import MonteCarloRule
+from pipelines.label_rules import MonteCarloRule, offset_of
 from pipelines.options import DataOptions, read_config
 from pipelines.pseudo_labels.layouts import LAYOUTS, FileLayout, FolderLayout, Ids, Layout
 from pipelines.pseudo_labels.table import PseudoLabel, open_table
@@ -89,28 +91,45 @@ def export_labels(
     labeller = Labeller(setup.plan.networks, setup.target_reader, {0: plan}, setup.options.seed, device)
     check_fits(setup.network_with(arrays), arrays, folder)
     labeller.load(step, arrays)
+    adjustment = _adjustment(setup, plan, labeller.network)
     done = Exchanged(Path(out).absolute(), step=step)
     with _readable_write_errors(done.out):
         if layout == "parquet":
             with open_table(done.out, setup.benchmark.classes.names) as table:
-                for item, *_ in _labelled(setup, labeller, plan, done, progress):
+                for item, *_ in _labelled(setup, labeller, plan, adjustment, done, progress):
                     table.add(item)
             return done
         chosen = LAYOUTS[layout]
         _refuse_clash(chosen, layout, target.image_paths)
         ids = _ids(chosen, setup.benchmark)
         if chosen.soft:
-            for image_path, probabilities in _soft(setup, labeller, plan, device, done, progress):
+            for image_path, probabilities in _soft(setup, labeller, plan, adjustment, done, progress):
                 chosen.write_soft(done.out, image_path, probabilities, ids)
             return done
-        for item, image_path, record in _labelled(setup, labeller, plan, done, progress):
+        for item, image_path, record in _labelled(setup, labeller, plan, adjustment, done, progress):
             assert item.confidence is not None
             chosen.write(done.out, image_path, item.label, item.confidence, ids, setup.benchmark.classes, record)
     return done
 
 
+def _adjustment(setup: Setup, plan: LabelPlan, network: nn.Module) -> Adjustment | None:
+    """To the target's class frequencies, where a run's labels are adjusted: what this network says they are."""
+    prior = plan.prior
+    if prior is None:
+        return None
+    if prior.target is not None:
+        return Adjustment(prior.offset(np.array(prior.target)))
+    survey = setup.survey(getattr(plan.rule, "ignore_bottom", 0.0), plan.source)
+    return Adjustment(prior.offset(estimated(prior, survey(network))))
+
+
 def _labelled(
-    setup: Setup, labeller: Labeller, plan: LabelPlan, done: Exchanged, progress: Progress
+    setup: Setup,
+    labeller: Labeller,
+    plan: LabelPlan,
+    adjustment: Adjustment | None,
+    done: Exchanged,
+    progress: Progress,
 ) -> Iterator[tuple[PseudoLabel, str, dict[str, np.ndarray]]]:
     """Every image that can be read, labelled and selected, with its path and its record."""
     target, rows = setup.domains.target, plan.rule.layout.rows_per_block(len(setup.domains.target))
@@ -120,7 +139,7 @@ def _labelled(
         blocks = []
         for chunk, start in enumerate(range(0, len(target), rows)):
             stop = min(start + rows, len(target))
-            header, block = labeller.label(0, chunk, start, stop, done.step)
+            header, block = labeller.label(0, chunk, start, stop, done.step, adjustment)
             histogram += header.histogram
             done.skipped += [f"cannot read {path}" for path in header.skipped]
             blocks.append(Path(waiting) / f"{chunk}.arrow")
@@ -144,12 +163,19 @@ def _labelled(
 
 
 def _soft(
-    setup: Setup, labeller: Labeller, plan: LabelPlan, device: torch.device, done: Exchanged, progress: Progress
+    setup: Setup,
+    labeller: Labeller,
+    plan: LabelPlan,
+    adjustment: Adjustment | None,
+    done: Exchanged,
+    progress: Progress,
 ) -> Iterator[tuple[str, Any]]:
     """Path and probabilities, float32 C×h×w, of every image that can be read."""
     height, width = plan.rule.layout.columns[0][1]
     network, preset, target = labeller.network, setup.preset, setup.domains.target
     assert isinstance(network, Segmenter)
+    device = labeller.device
+    offset = offset_of(adjustment, device)
     for index, image_path in enumerate(target.image_paths):
         try:
             images = [setup.target_reader.read(index, view) for view in preset.score_views]
@@ -160,7 +186,7 @@ def _soft(
             network_input(torch.from_numpy(np.array(image))[None].to(device), network.config.pixels) for image in images
         ]
         views = trunk_views(network, inputs, mirror=preset.score_mirrored)
-        found = mean_probabilities(network, views, None, (height // 4 + 1, width // 4 + 1))[0]
+        found = mean_probabilities(network, views, None, (height // 4 + 1, width // 4 + 1), offset)[0]
         done.add(np.zeros((1, 1), np.uint8))
         yield image_path, found.float().cpu().numpy()
         progress(index + 1, len(target))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from actors.errors import RunError
-from pipelines.recipes import eplc, meta_pseudo_labels, mrnet, proda, rectified
+from pipelines.recipes import eplc, label_shift, meta_pseudo_labels, mrnet, proda, rectified
 from pipelines.recipes.recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {
-    module.RECIPE.name: module.RECIPE for module in (eplc, rectified, mrnet, proda, meta_pseudo_labels)
+    module.RECIPE.name: module.RECIPE for module in (eplc, rectified, mrnet, proda, meta_pseudo_labels, label_shift)
 }
 
 

@@ -35,6 +35,7 @@ class Sgd:
     def __call__(self, network: nn.Module) -> torch.optim.Optimizer:
         """The optimiser of a network; the student sets every group's rate before each step."""
         assert isinstance(network, Segmenter)
+        network.requires_grad_(True)  # the stage before may have trained a part alone
         groups = network.parameter_groups(
             lr=1.0,
             head_multiplier=self.head_multiplier,

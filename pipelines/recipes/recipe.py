@@ -28,6 +28,10 @@ PUBLISHED_CROP = (1024, 512)
 
 PUBLISHED_TERM = (80.0, 7.0)
 """MRNet's percentile of mining and its weight of rare classes (methods §3.1)."""
+TERM = (0.0, 2.5)
+"""Ours: with class weights up to 49 the hardest fifth is mostly pixels that no network gets right, and a network that
+does not start from pretrained weights learns little else; at 7 one that labels for itself sees ever more lights, signs
+and poles on façades."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,8 @@ class Ingredients:
         faithful: reproduce the published behaviour where the default differs.
         refresh: ``once`` or ``continuous``.
         source: opens the labelled source stream at a base size with a view.
+        by_class: the same, of images drawn so that rare classes occur more often (methods §7.1); classes are counted in
+            all labels on first use.
         target: opens the unlabelled target stream.
         target_labelled: opens the labelled target stream; only the oracle may, and None on data without labels.
         few: opens the stream of those few target images whose labels the user lets a run learn from, or None.
@@ -185,7 +191,8 @@ class Ingredients:
         norm_affine: whether the backbone's batch-norm affine parameters learn in stage I; auto as ``faithful`` says.
         norm_images: images that batch norm sees together in training; None as ``faithful`` says.
         alignment: options of stage I, for the recipes that begin with it; None for their defaults.
-        published_term: percentile of mining and weight of rare classes in the supervised loss of the published system.
+        term: percentile of mining and weight of rare classes in the supervised loss of the recipe's default.
+        published_term: the same of the published system.
         reader: target images without labels, for what a stage needs to know of all of them when it begins.
         from_stage: the first stage that is run.
         to_train: False where only a run's data and network are wanted.
@@ -204,6 +211,7 @@ class Ingredients:
     faithful: bool
     refresh: Literal["once", "continuous"]
     source: Callable[[Size, View], Stream]
+    by_class: Callable[[Size, View], Stream]
     target: Callable[[Size, View], Stream]
     target_labelled: Callable[[Size, View], Stream] | None
     few: Callable[[Size, View], Stream] | None = None
@@ -212,6 +220,7 @@ class Ingredients:
     norm_affine: Literal["auto", "train", "freeze"] = "auto"
     norm_images: int | None = None
     alignment: MrnetOptions | None = None
+    term: tuple[float, float] = TERM
     published_term: tuple[float, float] = PUBLISHED_TERM
     reader: ImageReader | None = None
     from_stage: int = 1
@@ -247,7 +256,9 @@ class Recipe:
         begins_with: recipes whose stages it begins with, and whose options count for them.
         fitted: the preset of a benchmark as this recipe runs it with its own options, faithfully or not.
         decide: the recipe's options with everything decided that the user left open.
-        published_term: percentile of mining and weight of rare classes in the published system's supervised loss.
+        term: percentile of mining and weight of rare classes in the supervised loss, of our default.
+        published_term: the same of the published system.
+        adjusts: whether its labels are adjusted to the target's class frequencies unless somebody says otherwise.
         system: the family of networks whose published files are scored as this recipe scores.
         networks: families of networks that it can train.
         own_student: whether one of its stages has a student beside its teacher; where not, a student of another network
@@ -263,7 +274,9 @@ class Recipe:
     begins_with: tuple[str, ...] = ()
     fitted: Callable[..., Preset] = lambda preset, benchmark, own, faithful: preset
     decide: Callable[[Any, Ingredients], Any] = lambda options, ingredients: options.resolved(ingredients.faithful)
+    term: tuple[float, float] = TERM
     published_term: tuple[float, float] = PUBLISHED_TERM
+    adjusts: bool = False
     system: Heads | None = None
     networks: tuple[Heads, ...] = ("mrnet",)
     own_student: bool = False

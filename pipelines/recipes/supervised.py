@@ -13,7 +13,7 @@ from actors.protocols import Batch, ObjectiveContext, StagePlan, StepInfo
 from models.losses import ClassBalance, segmentation_loss
 from models.networks.segmenter import Outputs, upsample
 from pipelines.recipes.optimisation import Rate, sgd
-from pipelines.recipes.recipe import PUBLISHED_CROP, Ingredients, StageSchedule
+from pipelines.recipes.recipe import PUBLISHED_CROP, TERM, Ingredients, StageSchedule
 from pipelines.views import RandomCrop
 
 
@@ -23,17 +23,14 @@ class SegmentationTerm:
 
     Attributes:
         num_classes: C.
-        hard_percentile: pixels whose loss stays below this percentile are left out; 80 as published. The default
-            keeps all: with class weights up to 49 the hardest fifth is mostly pixels that no network gets right, and
-            a network that does not start from pretrained weights learns little else.
-        max_value: weight of small and absent classes; 7 as published. The default is milder: at 7 a network that
-            labels for itself sees ever more lights, signs and poles on façades.
+        hard_percentile: pixels whose loss stays below this percentile are left out; 80 as published.
+        max_value: weight of small and absent classes; 7 as published.
         small_class_pixels: a class with fewer pixels an image of the batch is small.
     """
 
     num_classes: int
-    hard_percentile: float = 0.0
-    max_value: float = 2.5
+    hard_percentile: float = TERM[0]
+    max_value: float = TERM[1]
     small_class_pixels: int = 4096
 
     def balance(self, context: ObjectiveContext) -> ClassBalance:
@@ -71,10 +68,8 @@ def segmentation_term(ingredients: Ingredients) -> SegmentationTerm:
     width, height = ingredients.preset.stages[0].crop
     share = width * height / (PUBLISHED_CROP[0] * PUBLISHED_CROP[1])
     small = max(1, round(PUBLISHED_SMALL_PIXELS * share))
-    term = SegmentationTerm(ingredients.num_classes, small_class_pixels=small)
-    if ingredients.faithful:
-        hard, rare = ingredients.published_term
-        term = replace(term, hard_percentile=hard, max_value=rare)
+    hard, rare = ingredients.published_term if ingredients.faithful else ingredients.term
+    term = SegmentationTerm(ingredients.num_classes, hard, rare, small)
     if ingredients.hard_pixels is not None:
         term = replace(term, hard_percentile=ingredients.hard_pixels)
     if ingredients.rare_weight is not None:

@@ -195,10 +195,24 @@ def _charts(
         "shares": charts.class_heat(
             *history.rows("teachers", "class_shares"), names, "share of each class among accepted pixels", gamma=0.4
         ),
+        "prior": _prior_chart(history, names),
     }
     path = folder / CONFUSION
     drawn["confusion"] = charts.confusion_matrix(read_confusion(path), names) if path.is_file() else None
     return drawn
+
+
+def _prior_chart(history: History, names: tuple[str, ...]) -> str | None:
+    """Of the classes whose frequencies are said to differ most between source and target, how the estimate moved."""
+    steps, rows = history.rows("teachers", "prior_offset")
+    if not steps:
+        return None
+    last = rows[-1]
+    most = sorted(range(len(last)), key=lambda i: -abs(last[i] or 0.0))[: len(charts.COLOURS)]
+    return charts.curves(
+        {names[i]: [(step, float(row[i] or 0.0)) for step, row in zip(steps, rows, strict=True)] for i in most},
+        "added to class scores",
+    )
 
 
 def _score_chart(history: History, results: dict[str, Any]) -> str | None:

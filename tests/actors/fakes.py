@@ -37,7 +37,7 @@ class FakeRule:
     def view_sizes(self):
         return (self.size,)
 
-    def label(self, network, views, seeds):
+    def label(self, network, views, seeds, adjustment=None):
         made = []
         for image, seed in zip(views[0].numpy(), seeds, strict=True):
             rng = np.random.default_rng(seed)

@@ -56,19 +56,20 @@ def weights(made):
     return {name: tensor.numpy() for name, tensor in made.state_dict().items()}
 
 
-def scorer(reader, views=((48, 32),), mirrored=False):
-    return Scorer(lambda: DeepLab(CONFIG), reader, input_of, views, mirrored, 4, PROTOCOLS, CPU)
+def scorer(reader, views=((48, 32),), mirrored=False, offset=None):
+    return Scorer(lambda: DeepLab(CONFIG), reader, input_of, views, mirrored, 4, PROTOCOLS, CPU, offset=offset)
 
 
 @torch.no_grad()
-def slow_prediction(made, reader, index, views, mirrored):
+def slow_prediction(made, reader, index, views, mirrored, offset=(0, 0, 0, 0)):
     """Whole passes, one view after the other."""
+    offset = torch.tensor(offset, dtype=torch.float64)[:, None, None]
     total = 0
     for view in views:
         x = input_of(torch.from_numpy(reader.read(index, view))[None], made)
         for flip in (False, True) if mirrored else (False,):
             logits = made(x.flip(3) if flip else x)
-            p = (0.5 * logits.aux + logits.main).softmax(1)
+            p = (0.5 * logits.aux + logits.main + offset).softmax(1)
             p = p.flip(3) if flip else p
             total = total + torch.nn.functional.interpolate(p, (20, 36), mode="bilinear", align_corners=True)
     return total[0].argmax(0).numpy()
@@ -109,6 +110,25 @@ def test_the_confusion_matrix_counts_labels_in_rows_and_predictions_in_columns()
             expected[row] += np.bincount(prediction[label == row], minlength=4)
     assert np.abs(found - expected).sum() <= 4  # a tie or two
     assert found.sum() == expected.sum()
+
+
+@pytest.mark.parametrize(("views", "mirrored"), [(((48, 32),), False), (((48, 32), (64, 40)), True)])
+def test_an_offset_of_the_class_scores_decides_with_them(views, mirrored):
+    """Inference adjustment, methods §7.4, against float64."""
+    made, reader, offset = network(), Reader(), [1.5, -1.0, 0.0, 0.7]
+    adjusted = scorer(reader, views, mirrored, np.array(offset, np.float32))
+    found = np.array(adjusted.score(weights(made))["confusion"])
+    expected = np.zeros((4, 4), int)
+    for index in range(len(reader)):
+        prediction = slow_prediction(made, reader, index, views, mirrored, offset)
+        label = reader.label(index)
+        for row in range(4):
+            expected[row] += np.bincount(prediction[label == row], minlength=4)
+    assert np.abs(found - expected).sum() <= 4  # a tie or two
+    plain = np.array(scorer(reader, views, mirrored).score(weights(made))["confusion"])
+    assert np.abs(found - plain).sum() > 100, "the case must have something to say"
+    zeros = scorer(reader, views, mirrored, np.zeros(4)).score(weights(made))["confusion"]
+    np.testing.assert_array_equal(zeros, plain)
 
 
 def test_a_class_that_occurs_nowhere_has_no_score():
@@ -337,3 +357,11 @@ def test_weights_that_died_with_their_student_are_not_scored(evaluator, error):
     evaluator.board.take = Remote(gone)
     assert evaluator.look_at_newest() is None
     assert evaluator.lines == []
+
+
+def test_pictures_are_made_with_the_class_frequencies_that_labels_were_adjusted_to(evaluator):
+    asked = []
+    evaluator.make_showcase = lambda device: SimpleNamespace(show=lambda *given: asked.append(given) or [])
+    rows, thresholds, prior = {"adapted": numbered(1.0)}, np.zeros(4, np.uint8), np.full(4, 0.25)
+    assert evaluator.show(rows, thresholds, prior) == evaluator.show(rows, None) == []
+    assert asked == [(rows, thresholds, prior), (rows, None, None)]

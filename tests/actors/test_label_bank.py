@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from actors.label_bank import ERRORS_TO_FAIL, REFUSALS_TO_BLOCK, LabelBank, LabelBook, effective_classes
+from actors.prior_estimate import CELLS, Evidence, PriorEstimate, PriorPlan, estimated
 from actors.weight_board import WeightBoard
+from models.priors import encode_posteriors
 
 
 def book(images=8, rows=2, **plan):
@@ -411,19 +414,30 @@ def test_the_effective_number_of_classes(pixels, expected):
     assert effective_classes(np.array(pixels)) == pytest.approx(expected)
 
 
+def seen(chunk, images=2):
+    """What is seen of the images of a chunk, and of some source images."""
+    posteriors = np.random.default_rng(chunk).dirichlet([0.2, 0.5, 1.0], (images, CELLS))
+    log_means, means = np.log(np.exp(posteriors).mean(1)), posteriors.mean(1)
+    source = np.array([[50.0, 5, 5], [3, 30, 3], [2, 2, 20]])
+    return Evidence(log_means.astype(np.float32), encode_posteriors(posteriors), means.astype(np.float32), source)
+
+
 class FakeTeacher:
     """Answers a call with a header and a block, or with what it is told to."""
 
     def __init__(self):
         self.calls, self.running, self.most = [], 0, 0
+        self.told = []
+        """The adjustment of every call."""
         self.broken = lambda call: None
         self.label = Remote(self._label)
 
-    def _label(self, stage, chunk, start, stop, version, step):
+    def _label(self, stage, chunk, start, stop, version, step, adjustment):
         self.calls.append((stage, chunk, start, stop, version, step))
-        return self._answer(chunk, version), f"block {chunk} of {version}"
+        self.told.append(adjustment)
+        return self._answer(chunk, version, adjustment), f"block {chunk} of {version}"
 
-    async def _answer(self, chunk, version):
+    async def _answer(self, chunk, version, adjustment):
         self.running += 1
         self.most = max(self.most, self.running)
         await asyncio.sleep(0.002)
@@ -431,7 +445,8 @@ class FakeTeacher:
         error = self.broken(len(self.calls))
         if error is not None:
             raise error
-        return header(chunk, version, seconds=0.002)
+        evidence = seen(chunk) if adjustment is not None and adjustment.witness else None
+        return replace(header(chunk, version, seconds=0.002), evidence=evidence)
 
 
 class FakeBoard:
@@ -955,5 +970,346 @@ def test_a_given_block_that_was_lost_is_read_again_and_readers_hear_of_it(monkey
         await given.lost(2, 0)
         assert (await given.poll(1, 40, seen, 40)).entries == [(2, ["block 2 of reading 2"], 0)]
         assert given.round_file == "labels/given.parquet"
+
+    run(test)
+
+
+# Class frequencies.
+
+PRIOR = PriorPlan((0.5, 0.3, 0.2))
+KNOWN = replace(PRIOR, target=(0.2, 0.3, 0.5))
+OF_ALL = estimated(PRIOR, Evidence.joined([seen(chunk) for chunk in range(4)]))
+RECALLED = [0.1, 0.2, 0.7]
+
+
+def adjusting(prior=PRIOR, **plan):
+    return replace(label_plan(**plan), prior=prior)
+
+
+def witnessed(chunk, version, **more):
+    return replace(header(chunk, version, **more), evidence=seen(chunk))
+
+
+def survey(given, version=3):
+    """Survey every chunk of a book."""
+    while given.prior.surveying:
+        chunk = given.next_chunk(version)
+        given.accept(witnessed(chunk, version), f"unadjusted {chunk}")
+    return given
+
+
+def labelled(given, version=3):
+    while (chunk := given.next_chunk(version)) is not None:
+        given.accept(header(chunk, version), f"adjusted {chunk}")
+    return given
+
+
+def test_blocks_of_a_survey_are_no_ones():
+    given = LabelBook(8, 2, adjusting(refresh="once", selection=FakeSelection()))
+    for chunk in range(3):
+        assert given.next_chunk(3) == chunk
+        assert given.accept(witnessed(chunk, 3), "unadjusted")
+        assert (given.entries, given.sequence, given.delta(0)) == ({}, 0, [])
+        assert given.thresholds() is None
+        assert not given.round_complete
+        assert not given.histogram.any()
+        assert given.counters.images == 0
+        assert "prior" not in given.index()
+        assert not given.adjustment.offset.any()
+        assert given.adjustment.witness
+
+
+def test_after_its_survey_a_round_is_labelled_anew_with_one_offset():
+    given = survey(LabelBook(8, 2, adjusting(refresh="once", selection=FakeSelection())))
+    assert given.entries == {}
+    np.testing.assert_array_equal(given.target_prior, OF_ALL)
+    for chunk in range(4):
+        assert given.next_chunk(3) == chunk
+        assert given.thresholds() is None
+        np.testing.assert_array_equal(given.adjustment.offset, PRIOR.offset(OF_ALL))
+        assert not given.adjustment.witness
+        given.accept(header(chunk, 3), f"adjusted {chunk}")
+    assert given.round_complete
+    assert given.thresholds().tolist() == [100] * CLASSES
+    assert [block for _, [block], _ in given.delta(0)] == [f"adjusted {chunk}" for chunk in range(4)]
+    assert given.index()["prior"] == OF_ALL.tolist()
+    assert given.counters.images == 8, "those of the round"
+    assert given.next_chunk(1000) is None
+
+
+def test_a_chunk_is_surveyed_once_and_again_where_its_call_failed():
+    given = LabelBook(8, 2, adjusting(refresh="once"))
+    assert [given.next_chunk(3) for _ in range(5)] == [0, 1, 2, 3, None]
+    given.accept(witnessed(0, 3), "x")
+    assert given.next_chunk(3) is None
+    given.fail(2)
+    assert given.next_chunk(3) == 2
+    for chunk in (1, 3, 2):
+        given.accept(witnessed(chunk, 3), "x")
+    np.testing.assert_array_equal(given.target_prior, OF_ALL)
+
+
+def test_a_survey_that_was_under_way_when_the_student_went_back_is_made_again():
+    given = LabelBook(8, 2, adjusting(refresh="once"))
+    for _ in range(4):
+        given.next_chunk(40)
+    given.rewind(20)
+    for chunk in range(4):
+        assert not given.accept(witnessed(chunk, 40), "made by weights that will never have been")
+    assert given.prior.surveying
+    survey(given, version=20)
+    np.testing.assert_array_equal(given.target_prior, OF_ALL)
+
+
+def test_a_survey_tells_what_it_could_not_read():
+    given = LabelBook(2, 2, adjusting(refresh="once"))
+    given.next_chunk(3)
+    given.accept(header(0, 3, skipped=["a.png", "b.png"]), "x")
+    assert given.counters.skipped == ["a.png", "b.png"]
+    assert not given.prior.surveying, "a chunk of which nothing can be read is surveyed"
+    np.testing.assert_allclose(given.target_prior, PRIOR.source)
+
+
+def test_blocks_that_are_lost_or_of_the_future_are_made_again_with_the_same_offset():
+    given = labelled(survey(LabelBook(8, 2, adjusting(refresh="once"))))
+    before = given.adjustment
+    given.lose(1, 3)
+    given.rewind(2)
+    assert given.entries == {}
+    assert given.next_chunk(2) == 0
+    np.testing.assert_array_equal(given.adjustment.offset, before.offset)
+    assert not given.adjustment.witness
+
+
+def test_continuous_labels_are_live_at_once_and_their_offset_follows_them():
+    given = LabelBook(8, 2, adjusting())
+    assert given.accept(witnessed(0, 3), "unadjusted")
+    assert given.delta(0) == [(0, ["unadjusted"], 3)]
+    assert given.index()["prior"] == list(PRIOR.source)
+    assert not given.adjustment.offset.any()
+    expected = PriorEstimate(PRIOR, [2] * 4, frozen=False)
+    expected.put(0, seen(0))
+    for chunk in (1, 2, 3, 1):
+        given.accept(witnessed(chunk, 3 + chunk), "x")
+        expected.put(chunk, seen(chunk))
+        np.testing.assert_array_equal(given.target_prior, expected.target)
+        np.testing.assert_array_equal(given.adjustment.offset, expected.adjustment.offset)
+        assert given.adjustment.witness
+        assert given.index()["prior"] == given.target_prior.tolist()
+    assert np.abs(given.target_prior - PRIOR.source).max() > 0.02
+
+
+def test_labels_that_are_refused_argue_for_nothing():
+    given = fill(LabelBook(8, 2, adjusting()))
+    before = given.target_prior
+    assert not given.accept(witnessed(0, 3, pixels=(12, 0, 0)), "collapsed")
+    assert not given.accept(witnessed(1, -1), "older")
+    np.testing.assert_array_equal(given.target_prior, before)
+
+
+@pytest.mark.parametrize("refresh", ["once", "continuous"])
+def test_known_class_frequencies_need_no_survey(refresh):
+    given = LabelBook(8, 2, adjusting(KNOWN, refresh=refresh))
+    assert given.prior is None
+    assert given.target_prior.tolist() == [0.2, 0.3, 0.5]
+    np.testing.assert_allclose(given.adjustment.offset, np.log([0.4, 1.0, 2.5]), rtol=1e-6)
+    assert not given.adjustment.witness
+    given.accept(witnessed(0, 3), "adjusted")
+    assert given.entries[0].block == "adjusted"
+    assert given.index()["prior"] == [0.2, 0.3, 0.5]
+
+
+def test_the_banks_part_of_a_plan_keeps_the_class_frequencies():
+    assert adjusting().for_bank().prior == PRIOR
+
+
+async def bank_of(plan, teachers, board, **more):
+    made = LabelBank({1: plan}, 8, {1: 2}, board, **more)
+    assert await made.status(teachers) == {}
+    return made
+
+
+async def whole_round(given):
+    async def complete():
+        return given.book.round_complete
+
+    await until(complete)
+
+
+def offsets(told):
+    return [adjustment.offset.tolist() for adjustment in told]
+
+
+def test_teachers_survey_and_then_label_with_what_was_found():
+    async def test():
+        teachers = [FakeTeacher(), FakeTeacher()]
+        given = await bank_of(adjusting(refresh="once", selection=FakeSelection()), teachers, FakeBoard(40))
+        await given.poll(1, 40, 0, 40)
+        looks = []
+
+        async def complete():
+            delta = await given.poll(1, 40, 0, 40)
+            looks.append(given.book.prior.surveying)
+            if looks[-1]:
+                assert (delta.entries, delta.thresholds, delta.round_complete) == ([], None, False)
+                status = await given.status()
+                assert (status["coverage"], status["prior_shift"]) == (0.0, 0.0)
+                assert status["target_prior"] == list(PRIOR.source)
+                assert status["prior_offset"] == [0.0] * CLASSES
+                assert "prior" not in await given.index()
+            return delta.round_complete
+
+        await until(complete)
+        assert looks[0]
+        for number in range(2):
+            calls = [(call[1], told) for t in teachers for call, told in zip(t.calls, t.told, strict=True)]
+            mine = sorted(chunk for chunk, told in calls if told.witness is (number == 0))
+            assert mine == [0, 1, 2, 3], "every chunk once in the survey and once in the round"
+        told = [adjustment for t in teachers for adjustment in t.told]
+        assert {tuple(offset) for offset in offsets(t for t in told if t.witness)} == {(0.0,) * CLASSES}
+        assert {tuple(offset) for offset in offsets(t for t in told if not t.witness)} == {
+            tuple(PRIOR.offset(OF_ALL).tolist())
+        }
+        assert given.book.thresholds() is not None
+        status = await given.status()
+        assert status["labels_made"] == 8
+        assert status["target_prior"] == OF_ALL.tolist()
+        np.testing.assert_allclose(status["prior_offset"], np.log(OF_ALL / np.array(PRIOR.source)), rtol=1e-5)
+        assert status["prior_shift"] == pytest.approx(np.maximum(OF_ALL - PRIOR.source, 0).sum())
+        await close(given)
+
+    run(test)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_call_of_a_survey_that_dies_with_its_teacher_is_made_again():
+    async def test():
+        teacher = FakeTeacher()
+        teacher.broken = lambda call: LostError() if call in (2, 3) else None
+        given = await bank_of(adjusting(refresh="once"), [teacher], FakeBoard(40), calls_in_flight=1)
+        await given.poll(1, 40, 0, 40)
+        await whole_round(given)
+        assert given.book.counters.failures == 2
+        np.testing.assert_array_equal(given.book.target_prior, OF_ALL)
+        assert sum(told.witness for told in teacher.told) == 6
+        assert (await given.status())["fatal"] is None
+        await close(given)
+
+    run(test)
+
+
+def test_a_block_that_is_lost_after_the_survey_is_made_again_with_the_same_offset():
+    async def test():
+        teacher = FakeTeacher()
+        given = await bank_of(adjusting(refresh="once"), [teacher], FakeBoard(40))
+        await given.poll(1, 40, 0, 40)
+        await whole_round(given)
+        calls = len(teacher.calls)
+        await given.lost(2, 40)
+        await whole_round(given)
+        assert [call[1] for call in teacher.calls[calls:]] == [2]
+        assert offsets(teacher.told[calls:]) == [PRIOR.offset(OF_ALL).tolist()]
+        await close(given)
+
+    run(test)
+
+
+@pytest.mark.parametrize("recalled", [True, False])
+def test_a_round_that_is_reopened_is_not_surveyed(monkeypatch, recalled):
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: Reading())
+
+    async def test():
+        teacher = FakeTeacher()
+        given = await bank_of(adjusting(refresh="once"), [teacher], FakeBoard(40))
+        if recalled:
+            await given.recall(1, RECALLED)
+        await given.reopen(1, 40, "labels/round.parquet")
+        assert (await given.poll(1, 40, 0, 45)).round_complete
+        await asyncio.sleep(0.05)
+        assert teacher.calls == []
+        known = RECALLED if recalled else list(PRIOR.source)
+        assert (await given.status())["target_prior"] == known
+        assert (await given.index())["prior"] == known
+        await given.lost(2, 0)
+        await whole_round(given)
+        assert offsets(teacher.told) == [PRIOR.offset(np.array(known)).tolist()]
+        assert not teacher.told[0].witness
+        await close(given)
+
+    run(test)
+
+
+def test_a_round_that_a_resume_finds_unfinished_is_labelled_with_what_was_found_before():
+    async def test():
+        teacher = FakeTeacher()
+        given = await bank_of(adjusting(refresh="once"), [teacher], FakeBoard(40))
+        await given.recall(1, RECALLED)
+        await given.poll(1, 40, 0, 45)
+        await whole_round(given)
+        assert offsets(teacher.told) == [PRIOR.offset(np.array(RECALLED)).tolist()] * 4
+        await close(given)
+
+    run(test)
+
+
+def test_continuous_labels_go_on_from_what_was_estimated_before_a_resume():
+    async def test():
+        teacher = FakeTeacher()
+        given = await bank_of(adjusting(), [teacher], FakeBoard(40), calls_in_flight=1)
+        await given.recall(1, RECALLED)
+        await given.poll(1, 40, 0, 45)
+        await whole_round(given)
+        expected = LabelBook(8, 2, adjusting())
+        expected.prior.settle(np.array(RECALLED))
+        for chunk, found in enumerate(offsets(teacher.told)):
+            assert found == expected.adjustment.offset.tolist()
+            expected.accept(witnessed(chunk, 40), "x")
+        assert all(told.witness for told in teacher.told)
+        assert teacher.told[0].offset.tolist() == PRIOR.offset(np.array(RECALLED)).tolist()
+        assert teacher.told[3].offset.tolist() != teacher.told[0].offset.tolist()
+        await close(given)
+
+    run(test)
+
+
+def test_what_is_recalled_is_its_stages_alone():
+    async def test():
+        plan = adjusting(refresh="once")
+        given = LabelBank({1: plan, 2: plan}, 8, {1: 2, 2: 2}, FakeBoard(40, 80))
+        await given.recall(1, RECALLED)
+        await given.poll(2, 80, 0, 80)
+        assert given.book.prior.surveying
+        assert given.book.target_prior.tolist() == list(PRIOR.source)
+
+    run(test)
+
+
+def test_without_class_frequencies_teachers_are_told_nothing_and_nobody_speaks_of_them():
+    async def test():
+        teacher = FakeTeacher()
+        given = await bank([teacher], FakeBoard(40), refresh="once")
+        await given.poll(1, 40, 0, 40)
+        await whole_round(given)
+        assert teacher.told == [None] * 4
+        assert given.book.adjustment is given.book.target_prior is None
+        assert not [key for key in await given.status() if "prior" in key]
+        assert "prior" not in await given.index()
+        await close(given)
+
+    run(test)
+
+
+def test_known_class_frequencies_are_what_every_teacher_is_told():
+    async def test():
+        teacher = FakeTeacher()
+        given = await bank_of(adjusting(replace(KNOWN, temperature=2.0)), [teacher], FakeBoard(40))
+        await given.poll(1, 40, 0, 40)
+        await whole_round(given)
+        assert {(told.witness, *told.offset.tolist()) for told in teacher.told} == {
+            (False, *(2 * np.log([0.4, 1.0, 2.5])).astype(np.float32).tolist())
+        }
+        status = await given.status()
+        assert (status["target_prior"], status["prior_shift"]) == ([0.2, 0.3, 0.5], pytest.approx(0.3))
+        await close(given)
 
     run(test)

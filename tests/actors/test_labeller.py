@@ -11,6 +11,7 @@ from actors import labeller as module
 from actors.errors import UnreadableImage
 from actors.evaluator import Evaluator
 from actors.labeller import YIELDING, Labeller, Networks, label_seed, load_weights
+from actors.prior_estimate import Adjustment, Evidence
 from actors.records import decode
 from actors.teacher import Teacher
 
@@ -168,9 +169,9 @@ def test_a_teacher_labels_with_the_network_that_its_newest_weights_belong_to():
     used = []
 
     class Rule(FakeRule):
-        def label(self, network, views, seeds):
+        def label(self, network, views, seeds, adjustment=None):
             used.append((type(network), network.conv.weight.clone()))
-            return super().label(network, views, seeds)
+            return super().label(network, views, seeds, adjustment)
 
     plan = replace(label_plan(), rule=Rule())
     made = Labeller((TinyNetwork, NormedNetwork), Reader(), {1: plan}, 0, CPU)
@@ -210,3 +211,105 @@ def test_only_those_who_share_cores_with_a_student_yield_to_it(monkeypatch, hire
     hire()
     assert niced == nice
     assert YIELDING > 0
+
+
+class Witness(FakeRule):
+    """Tells an image's seed of every image, where it is asked."""
+
+    def label(self, network, views, seeds, adjustment=None):
+        made = super().label(network, views, seeds)
+        if adjustment is not None and adjustment.witness:
+            for one, seed in zip(made, seeds, strict=True):
+                told = np.full((1, 3), seed % 1000, np.float32)
+                one.evidence = Evidence(told, np.full((1, 2, 3), seed % 251, np.uint8), told / 1000)
+        return made
+
+
+class Source:
+    """Nine source images; remembers which were looked at."""
+
+    def __init__(self):
+        self.looks = []
+
+    def __len__(self):
+        return 9
+
+    def look(self, network, indices, temperature):
+        assert type(network) is TinyNetwork
+        self.looks.append((list(indices), temperature))
+        return len(indices) * np.eye(3)
+
+
+WITNESS = Adjustment(np.array([0.5, 0.0, -0.5], np.float32), witness=True)
+
+
+def witness(source=None, **reader):
+    plan = replace(label_plan(), rule=Witness(), source=source)
+    made = Labeller(TinyNetwork, Reader(**reader), {1: plan}, 0, CPU, batch=4)
+    made.version = 5
+    return made
+
+
+@pytest.mark.parametrize("adjustment", [None, replace(WITNESS, witness=False), WITNESS])
+def test_what_images_tell_of_class_frequencies_stands_in_the_header_where_it_was_asked_for(adjustment):
+    found = witness().label(1, 0, 1, 7, 9, adjustment)[0].evidence
+    if adjustment is not WITNESS:
+        assert found is None
+        return
+    seeds = [label_seed(0, f"city/{index}", 5) for index in range(1, 7)]
+    assert found.log_means[:, 0].tolist() == [seed % 1000 for seed in seeds]
+    assert found.posteriors[:, 0, 0].tolist() == [seed % 251 for seed in seeds]
+    assert found.posteriors.shape == (6, 2, 3)
+    assert found.means[:, 0].tolist() == pytest.approx([seed % 1000 / 1000 for seed in seeds])
+    assert found.source is None
+
+
+def test_images_that_cannot_be_read_tell_nothing():
+    found = witness(broken=(2,)).label(1, 0, 1, 7, 9, WITNESS)[0].evidence
+    whole = witness().label(1, 0, 1, 7, 9, WITNESS)[0].evidence
+    np.testing.assert_array_equal(found.log_means, np.delete(whole.log_means, 1, axis=0))
+    np.testing.assert_array_equal(found.posteriors, np.delete(whole.posteriors, 1, axis=0))
+    assert witness(broken=(4, 5)).label(1, 0, 4, 6, 9, WITNESS)[0].evidence is None
+
+
+def test_source_images_are_looked_at_beside_target_images_whoever_labels_them():
+    source, seeds = Source(), [label_seed(0, f"city/{index}", 5) for index in range(10)]
+    asked = replace(WITNESS, source_every=2, temperature=1.8)
+    whole = witness(source).label(1, 0, 0, 10, 9, asked)[0].evidence.source
+    looks = [(seed // 2) % 9 for seed in seeds if seed % 2 == 0]
+    assert source.looks == [(looks, 1.8)]
+    assert 0 < len(looks) < 10
+    parts = [witness(source).label(1, 0, *part, 9, asked)[0].evidence.source for part in ((0, 3), (3, 10))]
+    np.testing.assert_array_equal(whole, sum(parts))
+    assert whole.trace() == 3 * len(looks)
+
+
+def test_source_images_are_not_looked_at_where_nobody_asks():
+    source = Source()
+    for adjustment in (None, replace(WITNESS, witness=False)):
+        witness(source).label(1, 0, 0, 10, 9, adjustment)
+    assert source.looks == []
+    assert witness(source).plans[1].for_bank().source is None, "the bank has no use for images"
+
+
+def test_every_call_of_the_rule_hears_the_adjustment():
+    heard = []
+
+    class Rule(FakeRule):
+        def label(self, network, views, seeds, adjustment=None):
+            heard.append(adjustment)
+            return super().label(network, views, seeds)
+
+    made = Labeller(TinyNetwork, Reader(), {1: replace(label_plan(), rule=Rule())}, 0, CPU, batch=4)
+    made.version = 5
+    made.label(1, 0, 0, 6, 9)
+    made.label(1, 0, 0, 6, 9, WITNESS)
+    assert heard == [None, None, WITNESS, WITNESS]
+
+
+def test_a_teacher_hands_the_adjustment_on(monkeypatch):
+    monkeypatch.setattr(module, "_yield_cores", lambda: None)
+    teacher = Teacher(TinyNetwork, Reader(), {1: replace(label_plan(), rule=Witness())}, 0, board=None)
+    teacher.labeller.version = 5
+    assert teacher.label(1, 0, 0, 2, 5, 9)[0].evidence is None
+    assert len(teacher.label(1, 0, 0, 2, 5, 9, WITNESS)[0].evidence.log_means) == 2

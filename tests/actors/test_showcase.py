@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from actors.errors import UnreadableImage
+from actors.prior_estimate import PriorPlan
 from actors.protocols import Labelled, LabelPlan
 from actors.showcase import Showcase, _resized
 from actors.staleness import StalenessPolicy
@@ -42,7 +43,7 @@ class Rule:
 
     view_sizes = (VIEW,)
 
-    def label(self, network, views, seeds):
+    def label(self, network, views, seeds, adjustment=None):
         assert views[0].shape == (1, VIEW[1], VIEW[0], 3)
         label = np.ones((8, 12), np.uint8)
         label[:, 6:] = 2
@@ -111,6 +112,26 @@ def test_without_a_rule_or_without_its_thresholds_there_is_no_pseudo_label(label
     assert showcase(label_plan=label_plan).show({"adapted": weights(0)}, None)[0].pseudo_label is None
 
 
+def test_a_pseudo_label_is_adjusted_to_the_class_frequencies_that_the_bank_last_found():
+    heard = []
+
+    class Hearing(Rule):
+        def label(self, network, views, seeds, adjustment=None):
+            heard.append(adjustment)
+            return super().label(network, views, seeds)
+
+    prior = PriorPlan((0.4, 0.3, 0.2, 0.1), temperature=2.0)
+    adjusted = LabelPlan(Hearing(), StalenessPolicy(), prior=prior)
+    given = showcase(label_plan=adjusted, images=1)
+    given.show({"adapted": weights(0)}, None, np.array([0.1, 0.2, 0.3, 0.4]))
+    np.testing.assert_allclose(heard[0].offset, 2 * np.log([1 / 4, 2 / 3, 3 / 2, 4]), rtol=1e-6)
+    assert not heard[0].witness, "nobody estimates from pictures of a report"
+    given.show({"adapted": weights(0)}, None)
+    plain = showcase(label_plan=replace(adjusted, prior=None), images=1)
+    plain.show({"adapted": weights(0)}, None, np.array([0.1, 0.2, 0.3, 0.4]))
+    assert heard[1:] == [None, None]
+
+
 def proda(extra_norm, seed):
     torch.manual_seed(seed)
     made = Proda(replace(CONFIG, heads="proda", extra_norm=extra_norm))
@@ -122,9 +143,9 @@ def test_each_row_may_have_a_network_of_its_own_and_the_last_one_labels():
     used = []
 
     class Watched(Rule):
-        def label(self, network, views, seeds):
+        def label(self, network, views, seeds, adjustment=None):
             used.append(network.bn_pretrain is not None)
-            return super().label(network, views, seeds)
+            return super().label(network, views, seeds, adjustment)
 
     def show(kinds, **rows):
         labels, cpu = LabelPlan(Watched(), StalenessPolicy()), torch.device("cpu")

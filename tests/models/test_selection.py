@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from models.selection import (
     apply_thresholds,
+    blended_thresholds,
     confidence_histogram,
+    instance_thresholds,
     percentile_thresholds,
     quantise_confidence,
+    stationary_thresholds,
 )
 
 
@@ -109,3 +112,121 @@ def test_bad_arrays_are_refused():
         percentile_thresholds(histogram([0.5]), 0.5, floor=10, cap=5)
     with pytest.raises(ValueError, match="256"):
         percentile_thresholds(np.zeros((3, 10), np.int64), 0.5)
+
+
+ALPHA, BETA, GAMMA = 0.2, 0.9, 8.0
+
+
+def drawn(seed, count, power=0.3):
+    """Confidences 0..255 of one class, many of them high."""
+    return np.rint(255 * np.random.default_rng(seed).random(count) ** power).astype(np.uint8)
+
+
+def counted(*classes):
+    """Histogram of one class after the other."""
+    label = np.repeat(np.arange(len(classes)), [len(c) for c in classes])
+    return confidence_histogram(label, np.concatenate(classes).astype(np.uint8), len(classes))
+
+
+def test_an_image_keeps_less_of_a_class_that_has_been_uncertain():
+    # Ten pixels 10, 20, ..., 100 and θ itself. Of θ = 255 a share 0.5 is kept: 6 of 11. Of θ = 51 a share
+    # 0.5 * 0.2 = 0.1: 2 of 11.
+    pixels = np.arange(10, 101, 10)
+    found = instance_thresholds(counted(pixels, pixels), u8(255, 51), alpha=0.5, gamma=1.0)
+    assert found.tolist() == [60, 90]  # 255 100 90 80 70 [60]; 100 [90], of 100 ... 60 51 50 ... 10
+    assert found.dtype == np.uint8
+
+
+def test_without_decay_every_class_keeps_the_same_share_of_an_image():
+    pixels = np.arange(10, 101, 10)
+    found = instance_thresholds(counted(pixels, pixels), u8(255, 200), alpha=0.5, gamma=0.0)
+    assert found.tolist() == [60, 60]
+
+
+def test_a_class_that_an_image_does_not_show_keeps_its_threshold():
+    histogram = counted(drawn(0, 50), u8(), u8())
+    assert instance_thresholds(histogram, u8(200, 230, 17), ALPHA, GAMMA)[1:].tolist() == [230, 17]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pixels=st.lists(st.integers(0, 255), max_size=60),
+    theta=st.integers(0, 255),
+    alpha=st.floats(0.01, 1.0),
+    gamma=st.floats(0.0, 10.0),
+)
+def test_an_images_threshold_is_that_rank_of_its_sorted_confidences(pixels, theta, alpha, gamma):
+    falling = sorted([*pixels, theta], reverse=True)
+    share = alpha * (theta / 255) ** gamma
+    rank = next(k for k in range(1, len(falling) + 1) if k >= share * len(falling) - 1e-6)
+    found = instance_thresholds(counted(np.array(pixels)), u8(theta), alpha, gamma)
+    assert found.tolist() == [falling[rank - 1]]
+
+
+def test_an_images_threshold_is_the_percentile_of_the_released_code():
+    # Of so many pixels two neighbours are one level apart at most, and it does not matter what lies between them.
+    pixels = drawn(1, 20_000)
+    for theta in (150, 200, 230, 255):
+        published = np.percentile([*pixels, theta], 100 * (1 - ALPHA * (theta / 255) ** GAMMA))
+        found = instance_thresholds(counted(pixels), u8(theta), ALPHA, GAMMA)
+        assert abs(found[0] - published) <= 1
+
+
+def test_thresholds_of_alike_images_come_to_rest_where_the_whole_set_says():
+    pixels = [drawn(0, 4000, 0.2), drawn(1, 4000, 0.5), drawn(2, 4000, 1.5)]
+    theta = np.full(3, 0.9)
+    for _ in range(300):  # the paper's recursion, every image being like the whole set
+        own = [np.percentile(c / 255, 100 * (1 - ALPHA * t**GAMMA)) for c, t in zip(pixels, theta, strict=True)]
+        theta = BETA * theta + (1 - BETA) * np.array(own)
+    found = stationary_thresholds(counted(*pixels), ALPHA, GAMMA)
+    np.testing.assert_allclose(found / 255, theta, atol=1.5 / 255)
+
+
+def test_the_resting_threshold_of_evenly_spread_confidences():
+    # Of 0, 1, ..., 255 the share at t or more is (256 - t) / 256; with gamma 1 it meets alpha t / 255 = t / 510 at 171:
+    # 85/256 = 0.3320 < 0.3353, and at 170: 86/256 = 0.3359 >= 0.3333.
+    histogram = np.ones((1, 256), np.int64)
+    assert stationary_thresholds(histogram, 0.5, 1.0).tolist() == [170]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pixels=st.lists(st.integers(0, 255), min_size=1, max_size=60),
+    alpha=st.floats(0.01, 1.0),
+    gamma=st.floats(0.0, 10.0),
+)
+def test_a_resting_threshold_keeps_its_share_and_one_level_more_would_not(pixels, alpha, gamma):
+    (found,) = stationary_thresholds(counted(np.array(pixels)), alpha, gamma).tolist()
+    kept = np.array([sum(p >= t for p in pixels) for t in range(257)])
+    wanted = np.maximum(alpha * (np.arange(257) / 255) ** gamma * len(pixels), 1)
+    assert kept[found] >= wanted[found] - 1e-6
+    assert found == 255 or kept[found + 1] < wanted[found + 1]
+
+
+def test_a_class_without_a_pixel_rests_where_thresholds_begin():
+    assert stationary_thresholds(counted(u8(), u8(99)), ALPHA, GAMMA).tolist() == [230, 99]
+    assert stationary_thresholds(counted(u8()), ALPHA, GAMMA, unseen=128).tolist() == [128]
+
+
+def test_blending_rounds_up_to_what_a_pixel_must_reach():
+    assert blended_thresholds(u8(200, 200, 255, 0), u8(200, 203, 255, 1), 0.9).tolist() == [200, 201, 255, 1]
+    assert blended_thresholds(u8(200), u8(100), 0.0).tolist() == [100]
+    assert blended_thresholds(u8(200), u8(100), 1.0).tolist() == [200]
+
+
+def test_bad_arguments_of_instance_adaptive_thresholds_are_refused():
+    histogram = counted(u8(1), u8(2))
+    for alpha in (0.0, 1.1):
+        with pytest.raises(ValueError, match="alpha"):
+            instance_thresholds(histogram, u8(1, 2), alpha, GAMMA)
+        with pytest.raises(ValueError, match="alpha"):
+            stationary_thresholds(histogram, alpha, GAMMA)
+    with pytest.raises(ValueError, match="gamma"):
+        stationary_thresholds(histogram, ALPHA, -1.0)
+    with pytest.raises(ValueError, match="256"):
+        stationary_thresholds(np.zeros((2, 5), np.int64), ALPHA, GAMMA)
+    for history in (u8(1), np.array([1, 256]), np.array([-1, 3])):
+        with pytest.raises(ValueError, match="each of 2 classes a level"):
+            instance_thresholds(histogram, history, ALPHA, GAMMA)
+    with pytest.raises(ValueError, match="beta"):
+        blended_thresholds(u8(1), u8(1), 1.5)

@@ -43,7 +43,7 @@ def thinned(features, mask, t):
 
 
 @torch.no_grad()
-def full_passes(network, batches, masks, size, temperature=1.0):
+def full_passes(network, batches, masks, size, temperature=1.0, offset=0.0):
     """q_t for every pass, (T, N, C, H, W): the whole network once per pass and view."""
     volumes = []
     for t in range(len(masks[0][0])):
@@ -51,7 +51,7 @@ def full_passes(network, batches, masks, size, temperature=1.0):
         views = [(images, mirrored) for images in batches for mirrored in (False, True)]
         for (images, mirrored), mask in zip(views, masks, strict=True):
             features = network.trunk(images.flip(-1) if mirrored else images)
-            scores = network.classify(thinned(features, mask, t)).fused() / temperature
+            scores = (network.classify(thinned(features, mask, t)).fused() + offset) / temperature
             q = upsample(scores.softmax(dim=1), size)
             total = total + (q.flip(-1) if mirrored else q)
         volumes.append(total / len(views))
@@ -76,9 +76,9 @@ def reference_labels(q, rule):
     return label, winner.to(torch.uint8), confidence, lowest, std, margin
 
 
-def assert_equals_full_passes(network, batches, masks, size, rule):
-    ours = monte_carlo_labels(network, trunk_views(network, batches), masks, size, rule)
-    q = full_passes(network, batches, masks, size)
+def assert_equals_full_passes(network, batches, masks, size, rule, offset=None):
+    ours = monte_carlo_labels(network, trunk_views(network, batches), masks, size, rule, offset=offset)
+    q = full_passes(network, batches, masks, size, offset=0.0 if offset is None else offset[:, None, None])
     label, winner, confidence, lowest, std, margin = reference_labels(q, rule)
     torch.testing.assert_close(ours.confidence, confidence, atol=1e-5, rtol=0)
     if rule.strategy == "min":
@@ -111,6 +111,41 @@ def test_it_equals_t_full_passes_with_the_same_masks(small, one_head, rule, head
     ours = assert_equals_full_passes(small if heads == 2 else one_head, batches, masks, SIZE, rule)
     kept = (ours.label != 255).float().mean().item()
     assert 0.05 < kept < 0.95, "the case must exercise the rule"
+
+
+OFFSET = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, -0.5, 0.25])
+
+
+@pytest.mark.parametrize("heads", [2, 1])
+@pytest.mark.parametrize("rule", RULES, ids=["mean", "min", "published-min", "std"])
+def test_an_offset_is_added_to_the_scores_of_every_pass(small, one_head, rule, heads):
+    """Inference adjustment, methods 7.4."""
+    network = small if heads == 2 else one_head
+    torch.manual_seed(1)
+    batches = [torch.randn(2, 3, 48, 96), torch.randn(2, 3, 60, 120)]
+    masks = draw_masks(generators(2), views=4, passes=4, channels=64, rate=0.3, heads=heads)
+    ours = assert_equals_full_passes(network, batches, masks, SIZE, rule, OFFSET)
+    views = trunk_views(network, batches)
+    plain = monte_carlo_labels(network, views, masks, SIZE, rule)
+    assert (ours.argmax != plain.argmax).float().mean() > 0.05, "the case must have something to say"
+    zeros = monte_carlo_labels(network, views, masks, SIZE, rule, offset=torch.zeros(7))
+    for before, after in ((plain.label, zeros.label), (plain.confidence, zeros.confidence), (plain.std, zeros.std)):
+        assert before is after is None or torch.equal(before, after)
+
+
+def test_the_mean_over_views_is_of_adjusted_probabilities(small):
+    torch.manual_seed(1)
+    images = torch.randn(2, 3, 48, 96)
+    views = trunk_views(small, [images])
+    with torch.no_grad():
+        offset = OFFSET[:, None, None]
+        plain = upsample((small(images).fused() + offset).softmax(dim=1), SIZE)
+        mirrored = upsample((small(images.flip(-1)).fused() + offset).softmax(dim=1), SIZE).flip(-1)
+    ours = mean_probabilities(small, views, None, SIZE, OFFSET)
+    torch.testing.assert_close(ours, (plain + mirrored) / 2, atol=1e-6, rtol=0)
+    before = mean_probabilities(small, views, None, SIZE)
+    assert (before.argmax(1) != ours.argmax(1)).float().mean() > 0.05
+    assert torch.equal(mean_probabilities(small, views, None, SIZE, torch.zeros(7)), before), "views stay as they are"
 
 
 def test_the_published_network_equals_full_passes_too(resnet101):
@@ -327,3 +362,20 @@ def test_negative_classes_are_those_that_every_pass_finds_impossible(small, one_
     assert found.shape == (2, network.config.num_classes, *SIZE)
     assert (found == expected).float().mean() > 0.999  # what lies on a limit may fall to either side
     assert 0.05 < expected.float().mean() < 0.95
+
+
+@torch.no_grad()
+def test_an_offset_counts_before_the_temperature_of_negative_classes(small):
+    torch.manual_seed(1)
+    batches = [torch.randn(2, 3, 48, 96)]
+    views = trunk_views(small, batches)
+    masks = draw_masks(generators(2), views=2, passes=4, channels=64, rate=0.3)
+    volumes = full_passes(small, batches, masks, SIZE, 2.0, OFFSET[:, None, None]).double()
+    mean, std = volumes.mean(0), volumes.std(0, correction=0)
+    limits = {"max_probability": mean.median().item(), "max_std": std.median().item()}
+    found = negative_labels(small, views, masks, SIZE, offset=OFFSET, **limits)
+    expected = (mean <= limits["max_probability"]) & (std < limits["max_std"])
+    assert (found == expected).float().mean() > 0.999
+    plain = negative_labels(small, views, masks, SIZE, **limits)
+    assert (found != plain).float().mean() > 0.05
+    assert torch.equal(negative_labels(small, views, masks, SIZE, offset=torch.zeros(7), **limits), plain)

@@ -22,12 +22,12 @@ def root(folder, tmp_path):
     return shutil.copytree(write_miniature("synthia2city", "tiny", folder), tmp_path / "data")
 
 
-def test_the_three_benchmarks_exist():
-    assert set(BENCHMARKS) == {"gta2city", "synthia2city", "city2robot"}
+def test_the_four_benchmarks_exist():
+    assert set(BENCHMARKS) == {"gta2city", "synthia2city", "city2robot", "shift_only"}
 
 
 def test_an_unknown_benchmark_lists_the_known_ones():
-    with pytest.raises(DataError, match="gta2city, synthia2city, city2robot"):
+    with pytest.raises(DataError, match="gta2city, synthia2city, city2robot, shift_only"):
         benchmark("gta2moon")
 
 
@@ -65,6 +65,28 @@ def test_a_target_with_some_labels_missing_is_refused(root):
     next((root / "Cityscapes" / "gtFine" / "train").rglob("*.png")).unlink()
     with pytest.raises(DataError, match="1 of 24 images have no label file"):
         benchmark("synthia2city").open(root)
+
+
+def test_two_cities_that_differ_in_class_frequencies_alone_lie_in_two_folders(folder):
+    domains = benchmark("shift_only").miniature("tiny", folder)
+    assert "/Cityscapes/gtFine/train/" in domains.source.label_paths[0]
+    assert all("/Cityscapes-shifted/" in path for path in (domains.target.image_paths + domains.validation.image_paths))
+    assert domains.target_labelled.image_paths == domains.target.image_paths
+    assert set(domains.source.label_encoding.train_ids) == set(range(19))
+
+
+def test_the_two_cities_are_shrunk_alike():
+    source, target = benchmark("shift_only").shapes.small(240)
+    assert source == target == (240, 120)
+
+
+@pytest.mark.parametrize("classes", [19, 16])
+def test_a_benchmark_that_is_only_rendered_takes_no_data_root(folder, classes):
+    pair = benchmark("shift_only").narrowed(classes)
+    rendered = write_miniature("shift_only", "tiny", folder)
+    for root in (rendered, rendered / "nowhere"):
+        with pytest.raises(DataError, match=r"shift_only exists only as a miniature: .* Leave the data root out"):
+            pair.open(root)
 
 
 def test_a_missing_data_root_is_refused(tmp_path):
@@ -295,7 +317,9 @@ def classes_in(split):
     return set().union(*(np.unique(split.label(i)).tolist() for i in range(len(split))))
 
 
-@pytest.mark.parametrize(("name", "count"), [("synthia2city", 16), ("synthia2city", 13), ("gta2city", 16)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("synthia2city", 16), ("synthia2city", 13), ("gta2city", 16), ("shift_only", 16)]
+)
 def test_a_miniature_with_fewer_classes_has_labels_of_just_those(folder, name, count):
     domains = benchmark(name).narrowed(count).miniature("tiny", folder)
     for split in (domains.source, domains.target_labelled, domains.validation):

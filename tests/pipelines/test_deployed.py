@@ -18,6 +18,7 @@ from actors.errors import RunError
 from models.networks import deployed as deployed_network
 from models.networks.bisenet import BiSeNetConfig
 from models.networks.build import Build
+from models.networks.fada import FadaConfig
 from models.networks.segmenter import upsample
 from pipelines import deployed
 from pipelines.deployed import Agreement, card_of, compared, open_model, random_pictures, read_card
@@ -25,7 +26,7 @@ from pipelines.export import Exported, export
 from pipelines.predict import ModelPredictor, Predictor
 from pipelines.results import write_json
 from pipelines.trained import describe, load_trained
-from pipelines.views import normalised
+from pipelines.views import network_input, normalised, rgb
 from tests.pipelines.test_trained import CPU, finished_run
 
 SIZE = (96, 64)
@@ -34,6 +35,8 @@ MADE = {
     "bisenet.onnx": ("bisenet", "onnx", False),
     "deeplab.pt2": ("deeplab", "torch", False),
     "bisenet.pt2, any size": ("bisenet", "torch", True),
+    "fada.onnx, any size": ("fada", "onnx", True),
+    "vgg.pt2, any size": ("vgg", "torch", True),
 }
 
 
@@ -55,10 +58,17 @@ class Model:
         return load_trained(self.folder, CPU)
 
 
-def finished_bisenet(root):
-    """A run of a tiny BiSeNet, as it leaves its directory."""
-    setup, _ = finished_run(root, "bisenet", step=3)
-    build = Build(BiSeNetConfig(3, (1, 1, 1, 1), width=8, spatial_width=8))
+TINY = {
+    "bisenet": BiSeNetConfig(3, (1, 1, 1, 1), width=8, spatial_width=8),
+    "fada": FadaConfig(3, layers=(1, 1, 1, 2), width=4, norms="frozen", dilations=(2, 20)),
+    "vgg": FadaConfig(3, "vgg16", width=4, dilations=(2, 20), pixels="bgr_vgg"),
+}
+
+
+def finished(root, name):
+    """A run of a tiny network, as it leaves its directory."""
+    setup, _ = finished_run(root, name, step=3)
+    build = Build(TINY[name])
     describe(replace(setup, plan=replace(setup.plan, network=build)))
     torch.manual_seed(0)
     state = {"step": 4, "teaching": {"network": build().state_dict()}}
@@ -68,14 +78,15 @@ def finished_bisenet(root):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of either family."""
+    """A run of every family."""
     root = tmp_path_factory.mktemp("runs")
-    return {"deeplab": finished_run(root, "deeplab")[0].plan.folder, "bisenet": finished_bisenet(root)}
+    own = {name: finished(root, name) for name in TINY}
+    return {"deeplab": finished_run(root, "deeplab")[0].plan.folder, **own}
 
 
 @pytest.fixture(scope="module")
 def models(runs, tmp_path_factory):
-    """Both families in both formats, of one size and of any, each made once."""
+    """Every family in both formats, of one size and of any, each made once."""
     out = tmp_path_factory.mktemp("models")
     return {
         name: Model(runs[family], layout, dynamic, export(runs[family], str(out), layout, size=SIZE, dynamic=dynamic))
@@ -162,6 +173,14 @@ def test_a_file_names_no_folder_of_the_machine(model):
         content = path.read_bytes()
         assert str(Path(run.__file__).parent).encode() not in content
         assert str(model.path.parent).encode() not in content
+
+
+def test_a_vgg_reads_the_colours_of_its_caffe_conversion():
+    """Blue, green, red, of 0 to 255, minus their means (methods 2.4)."""
+    images = torch.tensor([[[[10, 20, 30]]]], dtype=torch.uint8)
+    found = network_input(images, "bgr_vgg")
+    assert found.flatten().tolist() == pytest.approx([30 - 103.939, 20 - 116.779, 10 - 123.68])
+    assert rgb(found, "bgr_vgg").flatten().tolist() == pytest.approx([10, 20, 30])
 
 
 @pytest.mark.parametrize("size", [(300, 200), (40, 90), (2, 1)])

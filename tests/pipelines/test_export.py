@@ -8,9 +8,15 @@ import torch
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from models.networks.bisenet import BiSeNet, BiSeNetConfig
-from models.networks.build import Build
+from models.networks.build import SMALL, Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
-from models.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator, SeparableDiscriminator
+from models.networks.discriminators import (
+    MultiScaleDiscriminator,
+    PatchDiscriminator,
+    PixelDiscriminator,
+    SeparableDiscriminator,
+)
+from models.networks.fada import Fada, FadaConfig
 from pipelines.export import export
 from pipelines.options import AdaptOptions, write_config
 from pipelines.recipes.proda import given_prototypes
@@ -235,6 +241,64 @@ def test_the_discriminator_of_a_bisenet_goes_along(bisenet, tmp_path):
     }
 
 
+def fada_run(tmp_path, config, step=6):
+    """A run with a checkpoint of a network of FADA, and the network."""
+    setup, _ = finished_run(tmp_path)
+    build = Build(config)
+    describe(replace(setup, plan=replace(setup.plan, network=build)))
+    torch.manual_seed(0)
+    network = build()
+    save(setup.plan.folder, step, network)
+    return setup, network
+
+
+def without_prefix(state):
+    assert all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", ["fada101", "fada101-modified", "fada-vgg16"])
+@pytest.mark.parametrize("norms", ["frozen", "batch"])
+def test_a_run_of_fada_is_written_in_its_container_and_is_a_start_again(tmp_path, name, norms):
+    config = replace(SMALL[name], num_classes=3, norms=norms)
+    setup, network = fada_run(tmp_path, config)
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert (done.weights.name, done.beside) == ("fada_6.pth", ())
+    assert done.parameters == sum(p.numel() for p in network.parameters())
+    found = torch.load(done.weights, weights_only=True)
+    assert (set(found), found["iteration"]) == ({"iteration", "feature_extractor", "classifier"}, 6)
+    for part in ("feature_extractor", "classifier"):
+        torch.testing.assert_close(without_prefix(found[part]), dict(getattr(network, part).state_dict()))
+    torch.manual_seed(1)
+    other = Fada(config)
+    load_initial(str(done.weights), other)
+    torch.testing.assert_close(dict(other.state_dict()), dict(network.state_dict()))
+
+
+def test_the_discriminator_of_a_run_of_fada_goes_along(tmp_path):
+    setup, network = fada_run(tmp_path, FadaConfig.small(3))
+    critic = PixelDiscriminator(3, network.config.feature_channels, width=4).state_dict()
+    for step, objective in ((7, {"discriminator": critic}), (8, {"inner": {"discriminator": critic}})):
+        save(setup.plan.folder, step, network, objective)
+        found = torch.load(export(setup.plan.folder, str(tmp_path / "out")).weights, weights_only=True)
+        torch.testing.assert_close(without_prefix(found["model_D"]), dict(critic))
+        assert set(without_prefix(found["model_D"])) == set(
+            json.loads((GOLDEN / "fada_keys.json").read_text())["fada_discriminator"]
+        )
+
+
+@pytest.mark.slow
+def test_the_file_of_fada_has_the_published_names_and_shapes_at_full_size(tmp_path):
+    setup, _ = fada_run(tmp_path, FadaConfig(norms="batch"))
+    done = export(setup.plan.folder, str(tmp_path / "out"))
+    assert done.parameters == 42_500_160 + 1_400_908
+    found = torch.load(done.weights, weights_only=True, mmap=True)
+    keys = json.loads((GOLDEN / "fada_keys.json").read_text())
+    for part in ("feature_extractor", "classifier"):
+        written = without_prefix(found[part])
+        assert {name: list(tensor.shape) for name, tensor in written.items()} == keys[f"fada_{part}"]
+
+
 def test_a_layout_of_another_system_is_refused_with_the_one_that_fits(proda, tmp_path):
     setup, _ = proda()
     with pytest.raises(RunError, match=r"heads of proda, which the layout mrnet cannot hold; .* --layout proda"):
@@ -242,8 +306,9 @@ def test_a_layout_of_another_system_is_refused_with_the_one_that_fits(proda, tmp
     other, _ = finished_run(tmp_path / "other")
     with pytest.raises(RunError, match=r"heads of mrnet, which the layout proda cannot hold; .* --layout mrnet"):
         export(other.plan.folder, str(tmp_path / "out"), "proda")
-    with pytest.raises(RunError, match=r"heads of mrnet, which the layout bisenet cannot hold; .* --layout mrnet"):
-        export(other.plan.folder, str(tmp_path / "out"), "bisenet")
+    for layout in ("bisenet", "fada"):
+        with pytest.raises(RunError, match=rf"mrnet, which the layout {layout} cannot hold; .* --layout mrnet"):
+            export(other.plan.folder, str(tmp_path / "out"), layout)
     assert not (tmp_path / "out").exists()
 
 

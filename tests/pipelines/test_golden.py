@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.alone import run_alone
-from pipelines.options import AdaptOptions
+from pipelines.options import AdaptOptions, PriorOptions
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.proda import ProdaOptions
 from pipelines.recipes.rectified import RectifiedOptions
@@ -29,6 +29,9 @@ RUNS = {
     "meta pseudo labels": {"recipe": "meta_pseudo_labels"},
     "meta pseudo labels, published": {"recipe": "meta_pseudo_labels", "faithful": True},
     "light student": {"recipe": "mrnet", "student_network": "bisenet18", "steps": STEPS // 2},
+    "label shift": {"recipe": "label_shift"},
+    "label shift, published": {"recipe": "label_shift", "faithful": True},
+    "eplc, refined": {"recipe": "eplc", "adjust_prior": "estimated", "prior": PriorOptions(refine_steps=5)},
     "eplc, published, min": {"recipe": "eplc", "faithful": True, "eplc": EplcOptions(selection="min")},
 }
 
@@ -60,7 +63,7 @@ def test_the_first_steps_of_a_recipe_are_what_they_were(name, tmp_path, tiny_fol
     expected = json.loads(GOLDEN.read_text())[name]
     found = first_steps(name, tmp_path, tiny_folder / "data")
     assert found.keys() == expected.keys()
-    assert len(found) == STEPS
+    assert len(found) == STEPS + (5 if "refined" in name else 0)
     for step, wanted in expected.items():
         # Other processors sum in another order, and twenty steps enlarge what that makes of the last digits.
         assert found[step] == pytest.approx(wanted, rel=1e-4, abs=1e-6), f"step {step}"

@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 import torch
 
+from actors.prior_estimate import CELLS, Adjustment
 from actors.records import decode, encode
-from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.median import CAP
+from models.networks.deeplab import DeepLab, DeepLabConfig, HeadFeatures
+from models.networks.fada import Fada, FadaConfig
 from models.networks.proda import Proda
+from models.priors import encode_posteriors
 from models.uncertainty import draw_masks, negative_labels, trunk_views
 from pipelines import label_rules
-from pipelines.label_rules import MonteCarloRule, PrototypeRule, fewest_pixels
+from pipelines.label_rules import MedianRule, MonteCarloRule, PrototypeRule, evidence_of, fewest_pixels, offset_of
 from pipelines.selections import PercentileSelection
 from pipelines.views import network_input
 
@@ -359,3 +363,242 @@ def test_monte_carlo_labels_of_one_head_see_what_it_reads(proda):
         kept = np.where(p.max(0) >= 0.5, p.argmax(0), 255)
         assert (made.columns["label"] == kept)[surely].mean() > 0.99
         assert 0.02 < (kept == 255).mean() < 0.98
+
+
+# Adjusted to other class frequencies (methods §7.4).
+
+OFFSET = np.array([1.5, -1.0, 0.0, 0.7], np.float32)
+SEEDS = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def fada():
+    """A network without a dropout before its classifier."""
+    torch.manual_seed(0)
+    made = Fada(FadaConfig(4, layers=(1, 1, 1, 1), width=4, norms="batch", dilations=(1, 2), pixels="rgb_unit"))
+    for branch in made.classifier.conv2d_list:
+        torch.nn.init.normal_(branch.weight, std=0.3)
+    return made.eval()
+
+
+def once(**more):
+    """A rule as label shift has it: one plain view, no dropout."""
+    return rule(sizes=(SIZE,), label_size=LABEL, passes=1, dropout=0.0, mirrored=False, **more)
+
+
+CASES = {
+    "with dropout": (rule, "network", lambda: views()),
+    "plain, without dropout": (once, "fada", lambda: [images()]),
+    "soft": (lambda **more: prototype_rule(False, **more), "proda", lambda: [images()]),
+    "denoised": (lambda **more: prototype_rule(True, **more), "proda", lambda: [images()]),
+    "median": (lambda **more: MedianRule(4, LABEL, **more), "network", lambda: [images(2)[:, :34, :50]]),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """How to make a rule, its network, and views."""
+    made_by, network, batches = CASES[request.param]
+    return made_by, request.getfixturevalue(network), batches()
+
+
+def labelled(made_by, network, batches, adjustment=None):
+    return made_by.label(network, batches, SEEDS[: len(batches[0])], adjustment)
+
+
+@torch.no_grad()
+def scores_of(network, view):
+    """Unadjusted class scores of a plain view, float64 (N, C, h, w)."""
+    return network(network_input(view, network.config.pixels)).fused().double().numpy()
+
+
+@torch.no_grad()
+def slow_shares(made_by, network, batches, offset):
+    """Mean over whole passes and views, at label size, float64 (N, C, H, W)."""
+    inputs = [network_input(view, network.config.pixels) for view in batches]
+    seen = [
+        (flip, x.flip(3) if flip else x) for x in inputs for flip in ((False, True) if made_by.mirrored else (False,))
+    ]
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(inputs[0])]]
+    masks, passes, total = None, 1, 0
+    if network.heads():
+        masks, passes = draw_masks(generators, views=len(seen), passes=3, channels=16, rate=0.3), 3
+    for number, (flip, x) in enumerate(seen):
+        for t in range(passes):
+            features = network.trunk(x)
+            if masks is not None:
+                kept = [factors[t, :, :, None, None] for factors in masks[number]]
+                features = HeadFeatures(*(part * factors for part, factors in zip(features, kept, strict=True)))
+            z = network.classify(features).fused().double().numpy() + offset[:, None, None]
+            p = np.stack([softmax(one) for one in z])
+            total = total + np.stack([enlarged(one, made_by.label_size) for one in (p[..., ::-1] if flip else p)])
+    return total / (len(seen) * passes)
+
+
+@pytest.mark.parametrize("case", ["with dropout", "plain, without dropout"], indirect=True)
+def test_monte_carlo_labels_are_of_adjusted_scores(case):
+    make, network, batches = case
+    made_by = make()
+    plain = labelled(made_by, network, batches)
+    found = labelled(made_by, network, batches, Adjustment(OFFSET))
+    for made, before, share in zip(found, plain, slow_shares(made_by, network, batches, OFFSET), strict=True):
+        same_where_clear(made.columns["label"], share)
+        assert np.abs(made.columns["confidence"] - 255 * share.max(0)).max() < 0.6
+        assert (made.columns["label"] != before.columns["label"]).mean() > 0.01
+
+
+def test_soft_labels_are_of_adjusted_scores(proda):
+    found = labelled(prototype_rule(False), proda, [images()], Adjustment(OFFSET))
+    for made, (main, _) in zip(found, outputs(proda, images()), strict=True):
+        soft = softmax(main + OFFSET[:, None, None])
+        close_in_steps(made.columns["soft"], soft)
+        close_in_steps(made.columns["confidence"], soft.max(0))
+        same_where_clear(made.columns["label"], soft)
+        assert (soft.argmax(0) != main.argmax(0)).mean() > 0.05
+
+
+def test_denoised_labels_are_what_prototypes_leave_of_adjusted_scores(proda):
+    found = labelled(prototype_rule(True), proda, [images()], Adjustment(OFFSET))
+    for made, (main, feature) in zip(found, outputs(proda, images()), strict=True):
+        adjusted = main + OFFSET[:, None, None]
+        features = enlarged(feature)
+        share = enlarged(softmax(adjusted)) * weighed(proda, features)
+        share /= share.sum(0)
+        same_where_clear(made.columns["label"], share)
+        close_in_steps(made.columns["confidence"], share.max(0))
+        close_in_steps(made.columns["assignments"], weighed(proda, feature))  # a prototype has no frequency
+        winners, means = enlarged(adjusted).argmax(0), made.columns["means"].view(np.float32)
+        for k in range(4):
+            mine = winners == k
+            expected = features[:, mine].mean(1) if mine.sum() >= 10 else np.zeros(16)
+            np.testing.assert_allclose(means[k], expected, atol=2e-3 if mine.sum() else 0)
+
+
+def test_medians_are_of_adjusted_scores(network):
+    batch = [images(2)[:, :34, :50]]
+    found = labelled(MedianRule(4, LABEL), network, batch, Adjustment(OFFSET))
+    for made, z in zip(found, scores_of(network, batch[0]), strict=True):
+        share = softmax(enlarged(z) + OFFSET[:, None, None])
+        confidence, winner = share.max(0), share.argmax(0)
+        kept = np.zeros(winner.shape, bool)
+        for k in np.unique(winner):
+            sure = np.sort(confidence[winner == k])
+            kept |= (winner == k) & (confidence >= min(sure[(len(sure) - 1) // 2], CAP))
+        assert (made.columns["label"] == np.where(kept, winner, 255)).mean() > 0.99
+        close_in_steps(made.columns["confidence"], confidence)
+        assert 0.1 < kept.mean() < 0.9
+
+
+def test_negative_classes_are_of_adjusted_scores(network):
+    both = views(2)
+    features = trunk_views(network, [network_input(view) for view in both])
+    masks = draw_masks(
+        [torch.Generator().manual_seed(seed) for seed in (1, 2)], views=4, passes=3, channels=16, rate=0.3
+    )
+    expected = negative_labels(network, features, masks, (16, 24), offset=torch.from_numpy(OFFSET)).numpy()
+    for made, negative in zip(labelled(rule(negative=True), network, both, Adjustment(OFFSET)), expected, strict=True):
+        bits = np.unpackbits(made.columns["negative"], axis=0, bitorder="little")[:4].astype(bool)
+        np.testing.assert_array_equal(bits, negative)
+
+
+def assert_same_labels(one, other):
+    for mine, its in zip(one, other, strict=True):
+        assert mine.columns.keys() == its.columns.keys()
+        for name, column in mine.columns.items():
+            np.testing.assert_array_equal(column, its.columns[name])
+        np.testing.assert_array_equal(mine.class_pixels, its.class_pixels)
+        np.testing.assert_array_equal(mine.histogram, its.histogram)
+
+
+def test_an_offset_of_zero_changes_nothing_nor_does_being_asked_what_one_sees(case):
+    made_by, network, batches = case
+    plain = labelled(made_by(), network, batches)
+    assert_same_labels(plain, labelled(made_by(), network, batches, Adjustment(np.zeros(4, np.float32))))
+    assert_same_labels(plain, labelled(made_by(), network, batches, Adjustment(np.zeros(4, np.float32), True, 1.8)))
+
+
+def test_an_adjusted_record_has_the_statistics_of_its_columns_and_no_bottom(case):
+    made_by, network, batches = case
+    for made in labelled(made_by(ignore_bottom=0.25), network, batches, Adjustment(OFFSET)):
+        label = made.columns["label"]
+        assert (label[label.shape[0] - round(0.25 * label.shape[0]) :] == 255).all()
+        np.testing.assert_array_equal(made.class_pixels, [(label == c).sum() for c in range(4)])
+
+
+def test_nothing_is_told_unless_it_is_asked_for(case):
+    made_by, network, batches = case
+    for adjustment in (None, Adjustment(OFFSET)):
+        assert {made.evidence for made in labelled(made_by(), network, batches, adjustment)} == {None}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.8])
+def test_what_is_told_is_of_unadjusted_scores_above_the_bonnet(case, temperature):
+    made_by, network, batches = case
+    made_by = made_by(ignore_bottom=0.3)
+    unadjusted = labelled(made_by, network, batches, Adjustment(np.zeros(4, np.float32), True, temperature))
+    adjusted = labelled(made_by, network, batches, Adjustment(OFFSET, True, temperature))
+    for before, after, z in zip(unadjusted, adjusted, scores_of(network, batches[0]), strict=True):
+        np.testing.assert_array_equal(before.evidence.log_means, after.evidence.log_means)
+        np.testing.assert_array_equal(before.evidence.posteriors, after.evidence.posteriors)
+        p = softmax(z[:, : z.shape[1] - round(0.3 * z.shape[1])] / temperature)
+        assert after.evidence.log_means.dtype == np.float32
+        np.testing.assert_allclose(after.evidence.log_means, np.log(np.exp(p).mean((1, 2)))[None], atol=1e-5)
+        np.testing.assert_allclose(after.evidence.means, p.mean((1, 2))[None], atol=1e-5)
+        np.testing.assert_array_equal(before.evidence.means, after.evidence.means)
+        cells = encode_posteriors(p.reshape(4, -1).T).astype(int)
+        assert after.evidence.posteriors.shape == (1, CELLS, 4)
+        away = np.abs(after.evidence.posteriors[0][:, None].astype(int) - cells).max(2).min(1)
+        assert away.max() <= 1, "a rounding step at most from one of the cells"
+        assert len(np.unique(after.evidence.posteriors[0], axis=0)) > min(CELLS, len(cells)) / 2
+
+
+def test_the_bonnet_has_no_say_and_scores_are_divided_by_the_temperature():
+    scores = torch.zeros(1, 3, 10, 8)
+    scores[:, 0, :7], scores[:, 2, 7:] = 2.0, 40.0
+    p = np.exp([1.0, 0.0, 0.0]) / (np.e + 2)
+    (found,) = evidence_of(Adjustment(OFFSET, True, 2.0), scores, [5], 0.3)
+    np.testing.assert_allclose(
+        found.log_means, p[None], atol=1e-6
+    )  # the logarithm of the mean exponential of one value
+    np.testing.assert_array_equal(found.posteriors, np.broadcast_to(encode_posteriors(p), (1, CELLS, 3)))
+    (whole,) = evidence_of(Adjustment(OFFSET, True, 2.0), scores, [5], 0.0)
+    assert whole.log_means[0, 2] > 0.3 > found.log_means[0, 2]
+
+
+def test_scores_are_not_computed_where_nobody_asks():
+    def never():
+        raise AssertionError("computed")
+
+    for adjustment in (None, Adjustment(OFFSET)):
+        assert evidence_of(adjustment, never, [1, 2], 0.0) == [None, None]
+    with pytest.raises(AssertionError, match="computed"):
+        evidence_of(Adjustment(OFFSET, True), never, [1], 0.0)
+
+
+def test_an_images_seed_decides_which_of_its_cells_are_told_of():
+    scores = torch.randn(1, 4, 20, 20, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
+    one, same, other = evidence_of(Adjustment(OFFSET, True), scores, [7, 7, 8], 0.0)
+    np.testing.assert_array_equal(one.posteriors, same.posteriors)
+    assert (one.posteriors != other.posteriors).any()
+    np.testing.assert_array_equal(one.log_means, other.log_means)
+
+
+def test_an_offset_is_a_copy_on_the_views_device():
+    given = OFFSET.copy()
+    given.flags.writeable = False  # as Ray hands it over
+    found = offset_of(Adjustment(given), torch.device("cpu"))
+    found.add_(1.0)
+    np.testing.assert_array_equal(given, OFFSET)
+    assert offset_of(None, torch.device("cpu")) is None
+
+
+def test_a_rule_that_sees_no_mirror_image_labels_what_it_sees(fada):
+    """Against the network's own probabilities; with the mirror it is another label."""
+    for made, z in zip(labelled(once(), fada, [images()]), scores_of(fada, images()), strict=True):
+        same_where_clear(made.columns["label"], enlarged(softmax(z)))
+    both = replace(once(), mirrored=True)
+    for made, share in zip(
+        labelled(both, fada, [images()]), slow_shares(both, fada, [images()], 0 * OFFSET), strict=True
+    ):
+        same_where_clear(made.columns["label"], share)
+        assert (made.columns["label"] != labelled(once(), fada, [images()])[0].columns["label"]).any()

@@ -54,6 +54,7 @@ def ingredients(size="full", bench="gta2city", faithful=False, **more):
         "faithful": faithful,
         "refresh": "once" if faithful else "continuous",
         "source": lambda size, view: (size, view),
+        "by_class": lambda size, view: (size, view),
         "target": lambda size, view: (size, view),
         "target_labelled": None,
         "published_term": (0.0, 1.0),

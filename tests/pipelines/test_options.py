@@ -11,8 +11,9 @@ import tyro
 
 from actors.errors import RunError
 from pipelines.choices import decided
-from pipelines.options import AdaptOptions, command_line, read_config, write_config
+from pipelines.options import GROUPS, AdaptOptions, PriorOptions, command_line, read_config, write_config
 from pipelines.recipes.eplc import EplcOptions
+from pipelines.recipes.label_shift import LabelShiftOptions
 from pipelines.recipes.mrnet import MrnetOptions
 
 
@@ -28,9 +29,25 @@ def test_a_config_is_read_as_it_was_written(tmp_path):
         runs=str(tmp_path),
         eplc=EplcOptions(selection="std", passes=3),
         mrnet=MrnetOptions(memory=0.2),
+        adjust_prior="gta5-original",
+        prior=PriorOptions(method="counts", damping=0.2, floor=0.3, temperature=1.8, refine_steps=40, refine_rate=0.01),
+        label_shift=LabelShiftOptions(aspp="modified"),
     )
     write_config(options)
     assert read_config(tmp_path / "run") == options
+
+
+def test_a_config_from_before_class_frequencies_has_their_defaults(tmp_path):
+    (tmp_path / "config.toml").write_text("seed = 4\n")
+    found = read_config(tmp_path)
+    assert found.prior == PriorOptions()
+    assert found.adjust_prior == "auto"
+
+
+def test_every_group_of_options_is_a_field_of_its_type():
+    fields = {item.name: item.default_factory for item in dataclasses.fields(AdaptOptions)}
+    assert {name: fields[name] for name in GROUPS} == GROUPS
+    assert "prior" in GROUPS
 
 
 def test_a_run_that_was_moved_is_where_it_is_now(tmp_path):
@@ -79,6 +96,8 @@ def test_a_switch_of_the_published_code_that_cannot_work_is_refused(bad, text):
         ({"eplc": {"passes": 0}}, "passes is 0"),
         ({"students": 0}, "--students is 0"),
         ({"students": "two"}, "cannot be read"),
+        ({"prior": {"magic": 1}}, "magic"),
+        ({"prior": {"floor": 0.0}}, "--prior.floor is 0"),
     ],
 )
 def test_a_config_that_this_version_does_not_know_is_refused(tmp_path, changes, text):
@@ -158,7 +177,7 @@ def test_a_run_without_a_name_has_no_folder():
 
 
 def test_every_option_has_a_sentence_of_help():
-    for kind in (AdaptOptions, EplcOptions, MrnetOptions):
+    for kind in (AdaptOptions, PriorOptions, EplcOptions, MrnetOptions, LabelShiftOptions):
         body = ast.parse(inspect.getsource(kind)).body[0].body
         fields = {field.name for field in dataclasses.fields(kind)}
         for here, behind in itertools.pairwise(body):
@@ -177,6 +196,9 @@ def test_every_option_has_a_sentence_of_help():
             recipe="mrnet",
             mrnet=MrnetOptions(memory=0.2),
         ),
+        AdaptOptions(recipe="label_shift", adjust_prior="none"),
+        AdaptOptions(adjust_prior="/a folder/x.toml", prior=PriorOptions(refine_steps=40, refine_over="labelled")),
+        AdaptOptions(recipe="label_shift", prior=PriorOptions(method="counts", floor=0.3, temperature=1.8)),
     ],
 )
 def test_the_command_line_of_a_run_parses_to_its_options(options):
@@ -190,3 +212,50 @@ def test_what_is_left_open_stands_for_the_published_system_of_the_recipe(name, p
     ours, theirs = (decided(AdaptOptions(recipe=name), faithful) for faithful in (False, True))
     assert (theirs.hard_pixels, theirs.rare_weight) == published
     assert (ours.hard_pixels, ours.rare_weight) == (0.0, 2.5)
+
+
+def test_the_command_line_names_options_of_class_frequencies():
+    given = AdaptOptions(adjust_prior="estimated", prior=PriorOptions(refine_steps=40))
+    assert command_line(given).endswith("--adjust-prior estimated --prior.refine-steps 40")
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"floor": 0.0}, "--prior.floor is 0.0; give a share above 0 and at most 1"),
+        ({"floor": 1.1}, "--prior.floor is 1.1"),
+        ({"floor": float("nan")}, "--prior.floor is nan"),
+        ({"damping": 1.0}, "--prior.damping is 1.0; give a share from 0 to less than 1"),
+        ({"damping": -0.1}, "--prior.damping is -0.1"),
+        ({"temperature": 0.0}, "--prior.temperature is 0.0; give a number above 0"),
+        ({"temperature": float("nan")}, "--prior.temperature is nan"),
+        ({"refine_steps": -1}, "--prior.refine-steps is -1; give a number of steps, or 0"),
+        ({"refine_rate": 0.0}, "--prior.refine-rate is 0.0; give a rate above 0"),
+        ({"method": "guess"}, "method is 'guess'; choose one of confusion, em, counts"),
+        ({"refine_over": "some"}, "refine_over is 'some'; choose one of all, labelled"),
+    ],
+)
+def test_class_frequencies_that_cannot_be_found_so_are_refused(bad, text):
+    with pytest.raises(RunError, match=text):
+        PriorOptions(**bad)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "resolved"),
+    [
+        ("label_shift", "auto", "estimated"),
+        ("eplc", "auto", None),
+        ("proda", "auto", None),
+        ("label_shift", "none", None),
+        ("eplc", "estimated", "estimated"),
+        ("eplc", "mine.toml", "mine.toml"),
+    ],
+)
+def test_labels_are_adjusted_by_default_where_the_system_does_so(recipe, given, resolved):
+    assert AdaptOptions(recipe=recipe, adjust_prior=given).resolved_adjust_prior == resolved
+
+
+@pytest.mark.parametrize("given", [{}, {"recipe": "label_shift", "adjust_prior": "none"}])
+def test_refinement_without_class_frequencies_is_refused(given):
+    with pytest.raises(RunError, match=r"--prior.refine-steps refines classifiers .* give --adjust-prior estimated"):
+        AdaptOptions(**given, prior=PriorOptions(refine_steps=40))

@@ -17,7 +17,7 @@ def rows():
 
 def test_every_published_network_and_discriminator_has_a_row(rows):
     assert list(rows) == [*PUBLISHED, *DISCRIMINATORS]
-    assert [row.kind for row in rows.values()] == ["network"] * 4 + ["discriminator"] * 4
+    assert [row.kind for row in rows.values()] == ["network"] * 7 + ["discriminator"] * 5
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,10 @@ def test_every_published_network_and_discriminator_has_a_row(rows):
         ("Patch", 1_560_705),
         ("FCD", 2_781_121),
         ("DSC", 189_424),
+        ("fada101", 42_394_816 + 1_400_908),
+        ("fada101-modified", 42_394_816 + 65_063_568 - 42_500_160),
+        ("fada-vgg16", 29_573_004),
+        ("Pixel", 5_057_702),
     ],
 )
 def test_parameters_are_those_of_the_published_networks(rows, name, parameters):
@@ -58,6 +62,12 @@ def test_operations_of_both_discriminators_by_hand(rows):
     assert rows["DSC"].cost.flops == 2 * sum((16 * a + a * b) * n for a, b, n in pairs) + enlarged
 
 
+def test_operations_of_fadas_discriminator_by_hand(rows):
+    """It reads the features of its network, at an eighth."""
+    a_cell = 2 * 9 * (2048 * 256 + 256 * 128 + 128 * 2 * 19)
+    assert rows["Pixel"].cost.flops == 128 * 64 * a_cell
+
+
 def test_bytes_of_both_discriminators_by_hand(rows):
     """Forward, a layer's map and its rectified copy; backward, all maps but the first layer's inputs are kept."""
     maps = [4 * c * 512 * 1024 // 4**k for k, c in enumerate([64, 128, 256, 512], 1)]
@@ -81,9 +91,10 @@ def test_half_the_bytes_a_number_are_half_the_memory(rows):
     for row in costs(precision="bfloat16"):
         one = rows[row.name].cost
         assert row.cost.flops == one.flops
-        assert row.cost.inference_bytes == pytest.approx(one.inference_bytes / 2, rel=0.001)
-        # But for a pooling's indices, which have eight bytes always.
-        assert row.cost.training_bytes == pytest.approx(one.training_bytes / 2, rel=0.03)
+        # But for a pooling's indices, which have eight bytes always. A VGG's are large, and there at its peaks.
+        less, more = (0.13, 0.13) if row.name == "fada-vgg16" else (0.001, 0.03)
+        assert row.cost.inference_bytes == pytest.approx(one.inference_bytes / 2, rel=less)
+        assert row.cost.training_bytes == pytest.approx(one.training_bytes / 2, rel=more)
 
 
 def test_training_takes_more_than_inference_and_neither_takes_real_memory(rows, monkeypatch):
@@ -97,9 +108,11 @@ def test_training_takes_more_than_inference_and_neither_takes_real_memory(rows, 
 
 
 def test_classes_and_size_change_what_they_should(rows):
-    nine = {row.name: row.cost for row in costs((512, 256), batch=2, classes=9)}
+    nine = {row.name: row.cost for row in costs((500, 260), batch=2, classes=9)}
     assert nine["deeplab101"].parameters == 93_526_240
     assert nine["FCD"].flops < rows["FCD"].cost.flops / 2
+    rounded_up = 63 * 33
+    assert nine["Pixel"].flops == 2 * rounded_up * 2 * 9 * (2048 * 256 + 256 * 128 + 128 * 2 * 9)
     assert dataclasses.asdict(nine["bisenet18"]) != dataclasses.asdict(rows["bisenet18"].cost)
 
 

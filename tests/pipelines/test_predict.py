@@ -8,7 +8,11 @@ from PIL import Image
 from actors.errors import RunError
 from models.networks.build import SMALL, Build
 from pipelines import predict as predict_module
-from pipelines.predict import Predictor, find_pictures, predict
+from pipelines.deployed import Card
+from pipelines.options import PriorOptions, write_config
+from pipelines.predict import ModelPredictor, Predictor, find_pictures, predict
+from pipelines.priors import Prior, write_prior
+from pipelines.run_prior import estimate_of_run
 from pipelines.trained import load_trained
 from tests.pipelines.test_trained import finished_run
 
@@ -22,7 +26,8 @@ def run(tmp_path):
 
 def go(run, tmp_path, *paths, **more):
     told = []
-    done = predict(paths, str(tmp_path / "out"), lambda *what: told.append(what), run=run.plan.folder, **more)
+    given = {"run": run.plan.folder, "threads": 1, **more}
+    done = predict(paths, str(tmp_path / "out"), lambda *what: told.append(what), **given)
     return done, told
 
 
@@ -158,3 +163,130 @@ def test_passes_of_a_network_without_a_dropout_are_refused(run):
         Predictor(bisenet, CPU, 4)
     image = np.zeros((40, 60, 3), np.uint8)
     assert Predictor(bisenet, CPU)(image).mask.shape == (40, 60)
+
+
+# Adjusted to other class frequencies.
+
+NAMES = ("class 0", "class 1", "class 2")
+SKEWED = Prior(NAMES, (0.5, 0.3, 0.2), (0.05, 0.15, 0.8))
+DELTA = np.log([0.1, 0.5, 4.0])
+
+
+def told_apart(run):
+    """The run's own network, with scores that differ, as its predictor."""
+    trained = load_trained(run.plan.folder, CPU)
+    torch.manual_seed(1)
+    for head in trained.network.heads():
+        torch.nn.init.normal_(head.classifier.weight, std=1.0)
+    return trained
+
+
+def mask_of(tmp_path, name="1"):
+    with Image.open(tmp_path / f"out/{name}_mask.png") as mask:
+        return np.asarray(mask)
+
+
+@torch.no_grad()
+def by_hand(trained, image, offset):
+    """Mean over views of the softmax of offset scores, float64 (C, H, W); views as the evaluator sees them."""
+    views, mirrored, total = trained.description.views, trained.description.mirrored, 0
+    for width, height in views:
+        x = predict_module._resized(image, (width, height))
+        x = predict_module.network_input(torch.from_numpy(x)[None], trained.network.config.pixels)
+        for flip in (False, True) if mirrored else (False,):
+            z = trained.network(x.flip(3) if flip else x).fused().double() + torch.from_numpy(offset)[:, None, None]
+            p = z.softmax(1).flip(3) if flip else z.softmax(1)
+            p = torch.nn.functional.interpolate(p, image.shape[:2], mode="bilinear", align_corners=True)
+            total = total + p[0].numpy()
+    return total / (len(views) * (1 + mirrored))
+
+
+def test_an_offset_is_added_to_the_scores(run):
+    trained, image = told_apart(run), run.domains.target.image(0)
+    plain, found = Predictor(trained, CPU)(image), Predictor(trained, CPU, offset=DELTA)(image)
+    share = by_hand(trained, image, DELTA)
+    assert (found.mask == share.argmax(0)).mean() > 0.999
+    np.testing.assert_allclose(found.confidence, share.max(0), atol=1e-5)
+    assert (found.mask != plain.mask).mean() > 0.05
+    same = Predictor(trained, CPU, offset=np.zeros(3))(image)
+    np.testing.assert_array_equal(same.mask, plain.mask)
+    np.testing.assert_array_equal(same.confidence, plain.confidence)
+
+
+def test_uncertainty_is_of_adjusted_scores_too(run):
+    trained, image = told_apart(run), run.domains.target.image(0)
+    plain, same, found = (
+        Predictor(trained, CPU, 4, offset=offset)(image).uncertainty for offset in (None, np.zeros(3), DELTA)
+    )
+    np.testing.assert_array_equal(same, plain)
+    assert np.abs(found - plain).max() > 0.01
+
+
+@pytest.mark.parametrize("temperature", [None, 1.8])
+def test_the_file_of_a_user_adjusts_as_the_runs_temperature_says(run, tmp_path, temperature):
+    """A run directory that has lost its options has a temperature of 1."""
+    if temperature is not None:
+        write_config(replace(run.options, prior=PriorOptions(temperature=temperature)))
+    write_prior(tmp_path / "mine.toml", SKEWED)
+    photo = str(tmp_path / "own/target/photos/1.jpg")
+    go(run, tmp_path, photo, adjust_prior=str(tmp_path / "mine.toml"))
+    trained = load_trained(run.plan.folder, CPU)
+    with Image.open(photo) as picture:
+        expected = Predictor(trained, CPU, offset=(temperature or 1.0) * DELTA)(np.asarray(picture)).mask
+    np.testing.assert_array_equal(mask_of(tmp_path), expected)
+    go(run, tmp_path, photo)
+    assert (mask_of(tmp_path) != expected).any()
+
+
+def test_estimated_is_what_was_estimated_before(run, tmp_path):
+    write_config(run.options)
+    photo = str(tmp_path / "own/target/photos/1.jpg")
+    with pytest.raises(RunError, match=r"are not estimated yet; .*python run\.py prior .*run"):
+        go(run, tmp_path, photo, adjust_prior="estimated")
+    assert not (tmp_path / "out").exists()
+    found = estimate_of_run(run.plan.folder, "confusion", lambda *_: None, threads=1)
+    go(run, tmp_path, photo, adjust_prior="estimated")
+    with Image.open(photo) as picture:
+        expected = Predictor(load_trained(run.plan.folder, CPU), CPU, offset=found.offset)(np.asarray(picture)).mask
+    np.testing.assert_array_equal(mask_of(tmp_path), expected)
+
+
+def test_class_frequencies_of_other_classes_are_refused(run, tmp_path):
+    photo = str(tmp_path / "own/target/photos/1.jpg")
+    with pytest.raises(RunError, match="the classes of synthia-original are not those of the run"):
+        go(run, tmp_path, photo, adjust_prior="synthia-original")
+
+
+@pytest.fixture
+def model(run, tmp_path, monkeypatch):
+    """An exported model whose scores of a pixel are its colour: a file's name, since nothing is opened."""
+    card = Card(run.benchmark.classes, 3, (40, 30), 40 * 30)
+    monkeypatch.setattr(predict_module, "format_of", lambda path: "onnx")
+    monkeypatch.setattr(predict_module, "read_card", lambda path: card)
+    monkeypatch.setattr(predict_module, "open_model", lambda *_: lambda images: images / 40.0)
+    return str(tmp_path / "x.onnx")
+
+
+def test_an_exported_model_is_adjusted_by_a_file(model, tmp_path):
+    write_prior(tmp_path / "mine.toml", SKEWED)
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    for adjust, delta in (("none", np.zeros(3)), (str(tmp_path / "mine.toml"), DELTA)):
+        found = ModelPredictor(model, 1, adjust)(image)
+        z = image.astype(np.float64) / 40 + delta
+        p = np.exp(z) / np.exp(z).sum(2, keepdims=True)
+        assert (found.mask == p.argmax(2)).mean() > 0.999
+        np.testing.assert_allclose(found.confidence, p.max(2), atol=1e-5)
+    with pytest.raises(RunError, match="--adjust-prior estimated needs a run; with --model give a TOML file"):
+        ModelPredictor(model, 1, "estimated")
+    with pytest.raises(RunError, match="the classes of gta5-original are not those of the run"):
+        ModelPredictor(model, 1, "gta5-original")
+
+
+def test_a_model_is_asked_with_the_class_frequencies_of_the_command(model, run, tmp_path):
+    write_prior(tmp_path / "mine.toml", SKEWED)
+    photo = tmp_path / "own/target/photos/1.jpg"
+    given = {"model": model, "adjust_prior": str(tmp_path / "mine.toml"), "threads": 1}
+    predict([str(photo)], str(tmp_path / "out"), lambda *_: None, **given)
+    with Image.open(photo) as picture:
+        expected = ModelPredictor(model, 1, given["adjust_prior"])(np.asarray(picture)).mask
+    np.testing.assert_array_equal(mask_of(tmp_path), expected)

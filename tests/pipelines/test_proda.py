@@ -61,6 +61,7 @@ def ingredients(size="full", bench="gta2city", **more):
         "faithful": False,
         "refresh": "continuous",
         "source": Opener("source"),
+        "by_class": Opener("by class"),
         "target": Opener("target"),
         "target_labelled": None,
         "reader": Pictures(),

@@ -60,6 +60,7 @@ def ingredients(size, bench="gta2city", **more):
         "faithful": False,
         "refresh": "continuous",
         "source": Opener("source"),
+        "by_class": Opener("by class"),
         "target": Opener("target"),
         "target_labelled": None,
     }

@@ -201,6 +201,29 @@ def test_an_export_of_ours_in_that_layout_and_a_file_of_tensors_read_what_a_run_
         assert scored(tmp_path / name, options, tmp_path)["scores"]["adapted"] == expected
 
 
+@pytest.mark.parametrize("norms", ["frozen", "batch"])
+@pytest.mark.parametrize("aspp", ["original", "modified"])
+def test_a_file_of_fada_is_scored_as_its_run_is_whatever_its_norms_and_classifier(options, tmp_path, norms, aspp):
+    """Its parts lie apart, and their names begin as those of several devices do."""
+    setup = resolve(replace(options, recipe="label_shift"))
+    build = Build(replace(setup.preset.network, norms=norms, aspp=aspp))
+    setup = replace(setup, plan=replace(setup.plan, network=build))
+    torch.manual_seed(0)
+    network = build()
+    torch.nn.init.normal_(next(reversed(network.classifier_parameters())))
+    parts = {
+        part: {f"module.{name}": tensor for name, tensor in getattr(network, part).state_dict().items()}
+        for part in ("feature_extractor", "classifier")
+    }
+    torch.save({"iteration": 40_000, **parts, "optimizer_fea": {}}, tmp_path / "g2c_adv.pth")
+    found = scored(tmp_path / "g2c_adv.pth", options, tmp_path)
+    expected = setup.make_scorer()(CPU).score({name: t.numpy() for name, t in network.state_dict().items()})
+    del expected["confusion"]
+    assert found["scores"]["adapted"] == expected
+    assert found["protocol"]["pixels"] == "rgb_imagenet"
+    assert found["protocol"]["outputs"] == 19
+
+
 def test_a_file_in_stages_of_a_run_reads_what_the_run_says(options, tmp_path):
     options = replace(options, recipe="meta_pseudo_labels", faithful=True)
     network, setup = bisenet(options, "bgr_city")
@@ -217,7 +240,9 @@ def test_a_file_in_stages_of_a_run_reads_what_the_run_says(options, tmp_path):
 def test_pixels_that_do_not_exist_are_refused(options, tmp_path):
     network, _ = bisenet(options)
     torch.save(network.state_dict(), tmp_path / "a.pth")
-    with pytest.raises(RunError, match="--pixels is bgr; choose one of bgr_mean, rgb_unit, rgb_imagenet, bgr_city"):
+    with pytest.raises(
+        RunError, match="--pixels is bgr; choose one of bgr_mean, rgb_unit, rgb_imagenet, bgr_vgg, bgr_c"
+    ):
         scored(tmp_path / "a.pth", options, tmp_path, pixels="bgr")
 
 

@@ -25,6 +25,7 @@ EXTRAS = {
     "target_labels",
     "run",
     "trainable_teacher",
+    "prior",
 }
 STUDENT = {
     "images_per_s": 10.0,
@@ -164,3 +165,29 @@ def test_the_plan_knows_its_labels_and_references(setup):
     assert setup.label_rows() == {1: 24 // 4}
     assert len(setup.target_reader) == 24
     assert not resolve(replace(setup.options, references="never")).references
+
+
+PRIOR = {"target_prior": [0.05] * 18 + [0.1], "prior_shift": 0.25, "prior_offset": [0.1] * 19}
+
+
+def test_the_class_frequencies_that_labels_were_last_adjusted_to_are_part_of_the_result(setup, tmp_path):
+    adjusted = resolve(replace(setup.options, adjust_prior="estimated"))
+    teachers = TEACHERS | PRIOR
+    found = assemble(adjusted, {"adapted": score(30.0)}, STUDENT, teachers, {}, label_free=FREE)["prior"]
+    (plan,) = (labels.prior for labels in adjusted.labels.values())
+    assert found == {
+        "method": "confusion",
+        "source": list(plan.source),
+        "target": PRIOR["target_prior"],
+        "shift": 0.25,
+    }
+    known = resolve(replace(setup.options, classes=16, adjust_prior="synthia-original"))
+    found = assemble(known, {"adapted": score(30.0)}, STUDENT, teachers, {}, label_free=FREE)["prior"]
+    assert found["method"] == "synthia-original"
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_without_adjusted_labels_the_result_names_no_class_frequencies(setup):
+    assert results(setup, adapted=30.0)["prior"] is None
+    silent = resolve(replace(setup.options, adjust_prior="estimated"))
+    assert assemble(silent, {}, STUDENT, TEACHERS, {}, label_free=FREE)["prior"] is None, "no bank spoke of them"

@@ -1,8 +1,11 @@
+import math
 import os
+import pickle
 import queue
 import stat
 import threading
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -19,7 +22,7 @@ from pipelines import streams
 from pipelines.blocks import SPARES, ReadPlan, SampleFile, SegmentReader, read_block
 from pipelines.datasets.dataset import DataError, read_image, read_label
 from pipelines.decode_cache import DecodeCache
-from pipelines.streams import SampleOrder, SampleStream, SplitReader, rank_positions
+from pipelines.streams import DRAWS, ClassAwareOrder, SampleOrder, SampleStream, SplitReader, rank_positions
 from pipelines.views import Whole
 
 SIZE = (32, 18)
@@ -46,6 +49,114 @@ def test_epochs_seeds_and_streams_are_shuffled_apart():
     assert first[:40].tolist() != first[40:].tolist()
     for other in (SampleOrder(40, 1, "source"), SampleOrder(40, 0, "target")):
         assert other.indices(np.arange(40)).tolist() != first[:40].tolist()
+
+
+# Class-aware sampling.
+
+
+def presence(images, shares, seed=0):
+    """Which classes an image shows, of so many images in a hundred."""
+    return np.random.default_rng(seed).random((images, len(shares))) < np.array(shares)
+
+
+def class_aware_by_hand(shown, seed, name, block):
+    """Draw after draw, as the published code does, with the random numbers of the order."""
+    images, classes = shown.shape
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), block])
+    label_to_file = {c: [i for i in range(images) if shown[i, c]] for c in range(classes)}
+    file_to_label = {i: [c for c in range(classes) if shown[i, c]] for i in range(images)}
+    waiting = {c: list(rng.permutation(label_to_file[c])) for c in range(classes)}
+    order = {c: list(waiting[c]) for c in range(classes)}
+    count = [0] * classes
+    drawn = []
+    for uniform in list(rng.random(DRAWS)):
+        share = [n / sum(count) if sum(count) else 0.0 for n in count]
+        weight = [1 / math.log(1.01 + share[c]) if label_to_file[c] else 0.0 for c in range(classes)]
+        left = uniform * sum(weight)
+        for c in range(classes):
+            if left < weight[c]:
+                break
+            left -= weight[c]
+        if not waiting[c]:
+            order[c] = list(rng.permutation(order[c]))
+            waiting[c] = list(order[c])
+        file = int(waiting[c].pop(0))
+        drawn.append(file)
+        for other in file_to_label[file]:
+            count[other] += 1
+    return [drawn[k] for k in rng.permutation(DRAWS)]
+
+
+@pytest.mark.parametrize("block", [0, 3])
+def test_a_block_is_drawn_class_by_class_as_published(block):
+    shown = presence(60, (0.9, 0.0, 0.5, 0.02, 0.1))
+    order = ClassAwareOrder.of(shown, 5, "source")
+    found = order.indices(np.arange(block * DRAWS, (block + 1) * DRAWS))
+    assert found.dtype == np.int64
+    assert found.tolist() == class_aware_by_hand(shown, 5, "source", block)
+
+
+def test_a_rare_class_is_drawn_far_more_often_than_it_occurs():
+    shown = presence(400, (1.0, 1.0, 0.8, 0.05))
+    drawn = ClassAwareOrder.of(shown, 0, "source").indices(np.arange(DRAWS))
+    assert shown[:, 3].mean() < 0.07
+    assert shown[drawn, 3].mean() > 0.25
+    assert 0.7 < shown[drawn, 2].mean() < 0.9
+
+
+def test_a_class_begins_anew_only_when_all_of_its_images_had_their_turn():
+    shown = np.zeros((40, 2), bool)
+    shown[:30, 0] = shown[30:, 1] = True
+    times = np.bincount(ClassAwareOrder.of(shown, 1, "source").indices(np.arange(DRAWS)))
+    for turns in (times[:30], times[30:]):
+        assert turns.max() - turns.min() <= 1
+    assert times[30:].sum() == pytest.approx(DRAWS / 2, rel=0.1)
+
+
+def test_classes_that_no_image_shows_and_images_without_a_class_are_never_drawn():
+    shown = presence(30, (0.5, 0.0, 0.3))
+    shown[::4] = False
+    drawn = ClassAwareOrder.of(shown, 2, "source").indices(np.arange(2 * DRAWS))
+    assert set(drawn.tolist()) == set(np.flatnonzero(shown.any(1)).tolist())
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=1, max_size=2))
+@settings(deadline=None, max_examples=5)
+def test_a_class_aware_position_depends_on_nothing_before_it(positions):
+    order = ClassAwareOrder.of(presence(17, (0.7, 0.1)), 3, "source")
+    together = order.indices(np.array(positions))
+    again = pickle.loads(pickle.dumps(order))
+    streams._class_aware_block.cache_clear()
+    assert together.tolist() == [int(again.indices(np.array([p]))[0]) for p in positions]
+
+
+def test_class_aware_blocks_seeds_and_streams_are_drawn_apart():
+    shown = presence(50, (0.7, 0.2, 0.1))
+    drawn = ClassAwareOrder.of(shown, 0, "source").indices(np.arange(2 * DRAWS))
+    assert drawn[:DRAWS].tolist() != drawn[DRAWS:].tolist()
+    for other in (ClassAwareOrder.of(shown, 1, "source"), ClassAwareOrder.of(shown, 0, "few")):
+        assert other.indices(np.arange(DRAWS)).tolist() != drawn[:DRAWS].tolist()
+
+
+def test_a_block_of_a_published_source_is_drawn_fast_and_travels_light():
+    order = ClassAwareOrder.of(presence(24_966, np.linspace(0.02, 1.0, 19)), 0, "source")
+    assert len(pickle.dumps(order)) < 70_000
+    started = time.perf_counter()
+    order.indices(np.arange(DRAWS))
+    assert time.perf_counter() - started < 1
+
+
+def test_a_split_whose_labels_show_no_class_cannot_be_drawn_by_class():
+    with pytest.raises(DataError, match="source: none of the 7 labels has a pixel of any class"):
+        ClassAwareOrder.of(np.zeros((7, 3), bool), 0, "source")
+
+
+def test_a_stream_plays_images_by_class(tiny):
+    shown = np.zeros((len(tiny.source), 2), bool)
+    shown[[2, 5], [0, 1]] = True
+    order = ClassAwareOrder.of(shown, 0, "source")
+    stream = SampleStream(tiny.source, SIZE, order, Whole(), NO_CACHE)
+    assert {file.index for file in files_of(stream, DRAWS - 8, 16)} == {2, 5}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

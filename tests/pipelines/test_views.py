@@ -1,3 +1,5 @@
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.networks.segmenter import upsample
+from pipelines import views
 from pipelines.autoaugment import autoaugment
-from pipelines.views import CROP_DRAWS, MEAN_BGR, RandomCrop, Whole, class_mix, network_input, normalised, rgb
+from pipelines.views import CROP_DRAWS, MEAN_BGR, PIXELS, RandomCrop, Whole, class_mix, network_input, normalised, rgb
 
 WIDTH, HEIGHT = 40, 24
 POSITIONS = np.array([0, 7, 123_456])
@@ -43,8 +46,14 @@ def test_the_other_input_is_rgb_from_0_to_1():
     torch.testing.assert_close(network_input(image, "rgb_unit").flatten(), expected)
 
 
-@pytest.mark.parametrize("pixels", ["bgr_mean", "rgb_unit"])
-def test_inputs_of_both_kinds_can_be_turned_back(pixels):
+def test_published_vgg_reads_bgr_minus_its_own_mean():
+    image = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 1, 1, 3)
+    expected = [30 - 103.939, 20 - 116.779, 10 - 123.68]
+    torch.testing.assert_close(network_input(image, "bgr_vgg").flatten(), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("pixels", PIXELS)
+def test_inputs_of_every_kind_can_be_turned_back(pixels):
     images = raw()
     planes = images.permute(0, 3, 1, 2).float()
     inputs = network_input(images, pixels)
@@ -72,7 +81,7 @@ def test_the_whole_view_changes_nothing_and_brings_labels_to_the_images_size():
 
 
 def test_the_same_position_gets_the_same_crop_wherever_it_stands_in_a_batch():
-    view = RandomCrop(3, (16, 12), colour=0.3)
+    view = RandomCrop(3, (16, 12), colour=0.3, hue=0.2)
     images = raw()
     together, _ = view(images, (), POSITIONS)
     for row in range(3):
@@ -179,6 +188,57 @@ def test_colour_stays_in_range_and_changes_no_geometry():
     assert torch.equal(shown, plain)
     assert colours(inputs).min() >= -1e-3
     assert colours(inputs).max() <= 255 + 1e-3
+
+
+def turned_by_hand(image, turn):
+    """RGB 0–255, 3×H×W float64, hue after hue."""
+    found = np.empty(image.shape)
+    for i, j in np.ndindex(image.shape[1:]):
+        hue, saturation, value = colorsys.rgb_to_hsv(*image[:, i, j] / 255)
+        found[:, i, j] = 255 * np.array(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
+    return found
+
+
+@pytest.mark.parametrize("colour", [0.0, 0.5])
+def test_hues_turn_by_a_share_of_the_colour_circle_that_the_position_decides(colour):
+    images = raw()
+    images[:, :6] = images[:, :6, :, :1]  # gray
+    images[:, 6:9, :, 1:] = 0
+    images[:, 9:12] = images[:, 9:12].amax(-1, keepdim=True)
+    images[:, 9:12, :, 2] = 7  # two channels share the highest value
+    view = RandomCrop(3, (30, 20), colour=colour, hue=0.2)
+    plain = colours(RandomCrop(3, (30, 20), colour=colour)(images, (), POSITIONS)[0]).double().numpy()
+    found = colours(view(images, (), POSITIONS)[0]).numpy()
+    turns = [np.random.default_rng([3, 10, position]).uniform(-0.2, 0.2) for position in POSITIONS]
+    expected = np.stack([turned_by_hand(image, turn) for image, turn in zip(plain, turns, strict=True)])
+    np.testing.assert_allclose(found, expected, atol=255 * 1e-5)
+    assert np.abs(found - plain).max() > 20
+
+
+@pytest.mark.parametrize("turn", [0.0, 1 / 3, -1 / 3, 0.5])
+def test_a_third_of_the_circle_hands_the_colours_on(turn):
+    image = raw(1).permute(0, 3, 1, 2).float()
+    expected = {0.0: image, 1 / 3: image.roll(1, 1), -1 / 3: image.roll(-1, 1)}.get(turn)
+    if expected is None:
+        expected = image.amax(1, keepdim=True) + image.amin(1, keepdim=True) - image
+    found = views._hue_turned(image, np.array([turn], np.float32))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_hues_turn_within_their_bound_and_both_ways():
+    turns = RandomCrop(0, (16, 12), hue=0.2)._turns(np.arange(500))
+    assert -0.2 <= turns.min() < -0.19
+    assert 0.19 < turns.max() <= 0.2
+    assert abs(turns.mean()) < 0.02
+
+
+def test_turning_hues_changes_nothing_else_that_is_drawn():
+    images, labels = painted()
+    _, (before,) = RandomCrop(1, (16, 12), colour=0.5)(images, (labels,), POSITIONS)
+    inputs, (after,) = RandomCrop(1, (16, 12), colour=0.5, hue=0.2)(images, (labels,), POSITIONS)
+    assert torch.equal(before, after)
+    gray, _ = RandomCrop(1, (16, 12), colour=0.5)(images, (labels,), POSITIONS)
+    torch.testing.assert_close(inputs, gray, atol=1e-2, rtol=0)  # painted images are gray
 
 
 def slow_hard_crop(view, label, position, more_than):

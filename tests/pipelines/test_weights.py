@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from actors.errors import RunError
 from models.networks.build import Build
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.fada import Fada, FadaConfig
 from pipelines.weights import check_initial, load_initial, load_pretrained_backbone, read_weights
 from tests.pipelines.test_trained import finished_run
 
@@ -216,3 +217,68 @@ def test_weights_with_an_extra_norm_say_which_option_takes_them(tmp_path):
     check_initial(str(tmp_path / "stage2.pkl"), Build(config)())
     with pytest.raises(RunError, match=r"unexpected \(bn_pretrain.*add --proda\.extra-norm on"):
         check_initial(str(tmp_path / "stage2.pkl"), Build(replace(config, extra_norm=False))())
+
+
+# FADA's files (methods 8.5).
+
+
+def fada(seed, **changes):
+    torch.manual_seed(seed)
+    return Fada(replace(FadaConfig(3, layers=(1, 1, 1, 1), width=4, dilations=(1, 2), norms="batch"), **changes))
+
+
+def published(network, prefix, **more):
+    """Both parts apart, and optimisers that hold more than tensors."""
+    parts = {}
+    for part in ("feature_extractor", "classifier"):
+        state = getattr(network, part).state_dict()
+        parts[part] = {f"{prefix}{name}": value for name, value in state.items()}
+    optimiser = torch.optim.SGD(network.parameters(), lr=2.5e-4, momentum=0.9).state_dict()
+    return {"iteration": 40_000, **parts, "optimizer_fea": optimiser, "optimizer_cls": optimiser, **more}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("changes", [{}, {"backbone": "vgg16"}])
+def test_a_checkpoint_of_fada_is_put_together_from_its_parts(tmp_path, prefix, changes, zipped):
+    theirs, ours = fada(1, **changes), fada(2, **changes)
+    critic = {f"{prefix}D.0.weight": torch.zeros(2, 2, 3, 3)}
+    held = published(theirs, prefix, model_D=critic)
+    path = saved(tmp_path, held, _use_new_zipfile_serialization=zipped)
+    assert {*read_weights(path)} == {*theirs.state_dict()}
+    assert check_initial(path, ours)
+    assert not same(ours, theirs), "checking loads nothing"
+    load_initial(path, ours)
+    assert same(ours, theirs)
+
+
+def test_an_adversarial_checkpoint_fills_a_network_with_ordinary_norms(tmp_path):
+    """Its norms were frozen and have no counters (Q-UL-4)."""
+    theirs, ours = fada(1, norms="frozen"), fada(2)
+    path = saved(tmp_path, published(theirs, "module."))
+    assert check_initial(path, ours)
+    load_initial(path, ours)
+    assert same(theirs, ours)
+
+
+def test_a_part_of_fadas_network_alone_is_not_read(tmp_path):
+    held = published(fada(1), "")
+    del held["classifier"]
+    with pytest.raises(RunError, match="is no state dict of a network; it holds iteration, feature_extractor"):
+        read_weights(saved(tmp_path, held))
+
+
+def test_a_checkpoint_of_another_network_of_fada_is_refused_by_name(tmp_path):
+    path = saved(tmp_path, published(fada(1, num_classes=4), "module."))
+    with pytest.raises(RunError, match=r"x\.pth: the checkpoint belongs to another network: 4 of another shape"):
+        load_initial(path, fada(2))
+
+
+@pytest.mark.parametrize("prefix", ["", "Scale."])
+def test_a_backbone_leaves_the_classifier_of_fada_as_it_was(tmp_path, prefix):
+    state = {f"{prefix}{key}": value for key, value in fada(1).feature_extractor.backbone.state_dict().items()}
+    path, ours = saved(tmp_path, {**state, f"{prefix}fc.weight": torch.zeros(4, 4)}), fada(2)
+    assert not check_initial(path, ours)
+    load_initial(path, ours)
+    assert same(ours, fada(1), of="feature_extractor")
+    assert same(ours, fada(2), of="classifier")

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -5,7 +6,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from actors.errors import RunError
-from pipelines.options import AdaptOptions
+from pipelines.options import AdaptOptions, PriorOptions
 from pipelines.recipes import RECIPES
 from pipelines.recipes.eplc import EplcOptions
 from tune_spaces.space import (
@@ -37,8 +38,9 @@ def test_every_recipe_comes_with_a_space_that_fits_it(name):
     options = AdaptOptions(recipe=name)
     found = read_space(shipped(name))
     check_space(found, options)
-    drops = hasattr(getattr(options, name), "dropout")
-    for wanted in ("rate_scale", "rare_weight", *(["dropout"] if drops else [])):
+    drops = hasattr(getattr(options, name), "dropout") and name != "label_shift"  # one of its classifiers drops
+    rare = ["rare_weight"] if RECIPES[name].published_term[1] != 1 or RECIPES[name].term[1] != 1 else []
+    for wanted in ("rate_scale", *rare, *(["dropout"] if drops else [])):
         assert any(parameter.endswith(wanted) for parameter in found.names)
     for point in found.first_points(options):
         with_point(options, point)
@@ -115,6 +117,12 @@ def test_names_with_hyphens_are_those_of_the_command_line():
         ("eplc.mixing", {"values": ["all"]}, "would be 'all'"),
         ("eplc.passes", {"values": [True]}, "would be True"),
         ("rate_scale", {"low": 0.0001, "high": 1.0}, "--rate-scale is 0.0001"),
+        ("prior.damping", {"low": 0.5, "high": 1.0}, "would be 1.0: --prior.damping is 1.0; give a share from 0"),
+        ("prior.floor", {"values": [0.1, 0.0]}, "would be 0.0: --prior.floor is 0.0; give a share above 0"),
+        ("prior.method", {"values": ["em", "guess"]}, "would be 'guess', but prior.method takes"),
+        ("prior.refine_steps", {"low": 1, "high": 9}, "would be 1: --prior.refine-steps refines classifiers"),
+        ("prior.flor", {"values": [0.1]}, "has no option 'prior.flor'; did you mean prior.floor"),
+        ("prior", {"values": [0.1]}, r"\[prior\] is the same in all trials"),
     ],
 )
 def test_what_the_recipe_does_not_have_or_take_is_refused(name, table, said):
@@ -213,3 +221,33 @@ def test_what_trials_share_cannot_be_searched_and_everything_else_can():
     assert {"rate_scale", "eplc.dropout", "eplc.source_weight", "eplc.max_label_age"} <= set(found)
     assert not any(name.startswith("mrnet.") for name in found)
     assert "mrnet.memory" in searchable(AdaptOptions())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_how_class_frequencies_are_found_can_be_searched_with_every_recipe(name):
+    options = AdaptOptions(recipe=name, adjust_prior="estimated")
+    names = {f"prior.{item.name}" for item in dataclasses.fields(PriorOptions)}
+    assert names | {"adjust_prior"} <= set(searchable(options))
+    found = parse_space(
+        {
+            "adjust_prior": {"values": ["none", "estimated"]},
+            "prior": {
+                "floor": {"low": 0.01, "high": 1.0, "log": True},
+                "damping": {"values": [0.0, 0.5, 0.9]},
+                "refine-rate": {"values": ["none", 0.01]},
+            },
+        },
+        "mine.toml",
+    )
+    check_space(found, options)
+    assert found.parameters[-1].values == (None, 0.01)
+    first, *_ = found.first_points(options)
+    assert first == {"adjust_prior": "estimated", "prior.floor": 0.1, "prior.damping": 0.5, "prior.refine_rate": None}
+    changed = with_point(options, {"prior.floor": 0.3, "adjust_prior": "none"})
+    assert (changed.prior, changed.adjust_prior) == (PriorOptions(floor=0.3), "none")
+    assert value_of(changed, "prior.floor") == 0.3
+
+
+def test_class_frequencies_can_be_searched_in_trials_that_share_a_first_stage():
+    check_space(nested("prior.temperature", {"low": 1.0, "high": 2.0}), WARM)
+    assert value_of(AdaptOptions(faithful=True), "prior.temperature") == 1.0

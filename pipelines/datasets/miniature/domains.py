@@ -1,9 +1,11 @@
-"""The four domains of the miniature: caricatures of SYNTHIA, GTA5, Cityscapes and Oxford RobotCar.
+"""The domains of the miniature: caricatures of SYNTHIA, GTA5, Cityscapes and Oxford RobotCar, and a shifted Cityscapes.
 
-Cityscapes is the target of two benchmarks and the source of the third, and looks the same in all of them.
+Cityscapes is the target of two benchmarks and the source of two others, and looks the same in all of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from pipelines.datasets.miniature.styles import Facade, Layout, Light, Material, Style
 
@@ -456,4 +458,32 @@ ROBOTCAR = Style(
     },
 )
 
-DOMAINS: dict[str, Style] = {style.name: style for style in (SYNTHIA, GTA5, CITYSCAPES, ROBOTCAR)}
+CITYSCAPES_SHIFTED = replace(
+    CITYSCAPES,
+    name="cityscapes-shifted",
+    seed=5000,
+    density={
+        **CITYSCAPES.density,
+        "parked": 0.14,
+        "traffic": 0.5,
+        "bus": 0.6,
+        "train": 1.1,
+        "person": 24.0,
+        "crossing": 2.1,
+        "rider_bicycle": 2.7,
+        "rider_motorcycle": 0.9,
+        "bicycle": 3.6,
+        "motorcycle": 1.4,
+        "light": 1.0,
+        "sign": 2.8,
+        "tree": 0.25,
+        "hedge": 0.1,
+    },
+)
+"""Cityscapes with other numbers of things: the look of a class, p(x|y), is the same, and its prior p(y) is not.
+
+The layout stays: widths, heights and distances are looks. What one class shows in several ways (parked and moving cars,
+trees and hedges, walkers at the kerb and on the road) keeps the proportions of these.
+"""
+
+DOMAINS: dict[str, Style] = {style.name: style for style in (SYNTHIA, GTA5, CITYSCAPES, ROBOTCAR, CITYSCAPES_SHIFTED)}

@@ -55,7 +55,13 @@ SIZES: dict[str, MiniatureSize] = {
         source=24,
         train=24,
         validation=8,
-        pictures={"synthia": (128, 76), "gta5": (128, 70), "cityscapes": (128, 64), "robotcar": (96, 72)},
+        pictures={
+            "synthia": (128, 76),
+            "gta5": (128, 70),
+            "cityscapes": (128, 64),
+            "cityscapes-shifted": (128, 64),
+            "robotcar": (96, 72),
+        },
         oversampling=2.0,
         wanted_every=4,
         workers=1,
@@ -68,6 +74,7 @@ SIZES: dict[str, MiniatureSize] = {
             "synthia": (320, 190),
             "gta5": (320, 176),
             "cityscapes": (320, 160),
+            "cityscapes-shifted": (320, 160),
             "robotcar": (256, 192),
         },
         oversampling=1.5,
@@ -88,9 +95,26 @@ _PAIRS: dict[str, _Pair] = {
     "gta2city": _Pair("gta5", "cityscapes", frozenset()),
     "synthia2city": _Pair("synthia", "cityscapes", frozenset({"terrain", "truck", "train"})),
     "city2robot": _Pair("cityscapes", "robotcar", frozenset({"train"})),
+    "shift_only": _Pair("cityscapes", "cityscapes-shifted", frozenset()),
 }
 
-_FOLDERS = {"synthia": "SYNTHIA", "gta5": "GTA5", "cityscapes": "Cityscapes", "robotcar": "RobotCar"}
+_MORE_WANTED: dict[str, dict[str, int]] = {
+    "cityscapes-shifted": dict.fromkeys(
+        ("person", "rider_bicycle", "rider_motorcycle", "bicycle", "motorcycle", "bus", "train"), 4
+    )
+}
+"""Domain → how many times as often as elsewhere a rare class is put in sight.
+
+What is put in sight stands near the camera. A class that is frequent by its density alone would look smaller.
+"""
+
+_FOLDERS = {
+    "synthia": "SYNTHIA",
+    "gta5": "GTA5",
+    "cityscapes": "Cityscapes",
+    "cityscapes-shifted": "Cityscapes-shifted",
+    "robotcar": "RobotCar",
+}
 _CITIES = {"train": ("aachen", "bremen", "ulm"), "val": ("frankfurt", "lindau")}
 _SEQUENCES = {
     "train": ("2014-12-05-11-09-10_01", "2015-05-29-09-36-29_01"),
@@ -148,16 +172,23 @@ def render_share(benchmark: str, size: str, seed: int, root: Path, share: int, s
         if number % shares != share:
             continue
         style, code = DOMAINS[domain], {"train": 0, "val": 1}[part]
-        group = index % scale.wanted_every
         rgb, ids = render(
             style,
             scale.pictures[domain],
             np.random.default_rng([seed, style.seed, code, index]),
             absent=pair.absent,
-            wanted=frozenset(RARE[group :: scale.wanted_every]),
+            wanted=_wanted(domain, index, scale.wanted_every),
             oversampling=scale.oversampling,
         )
         _WRITERS[domain](root / _FOLDERS[domain], part, index, rgb, ids)
+
+
+def _wanted(domain: str, index: int, every: int) -> frozenset[str]:
+    """The rare kinds that a picture must show: each in one picture of `every`, or in more of them."""
+    more = _MORE_WANTED.get(domain, {})
+    return frozenset(
+        kind for number, kind in enumerate(RARE) if (index - number) % max(1, every // more.get(kind, 1)) == 0
+    )
 
 
 def _pictures(pair: _Pair, scale: MiniatureSize) -> Iterator[tuple[str, str, int]]:
@@ -270,5 +301,6 @@ _WRITERS: dict[str, _Writer] = {
     "synthia": _write_synthia,
     "gta5": _write_gta5,
     "cityscapes": _write_cityscapes,
+    "cityscapes-shifted": _write_cityscapes,
     "robotcar": _write_robotcar,
 }

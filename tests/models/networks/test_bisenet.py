@@ -146,5 +146,7 @@ def test_networks_have_names(name, small):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'vgg'; known are deeplab101, proda101, bisenet18, bisenet101"):
+    with pytest.raises(
+        ValueError, match=r"'vgg'; known are deeplab101, proda101, bisenet18, bisenet101, fada101, fada"
+    ):
         named_config("vgg", 19, small=False)

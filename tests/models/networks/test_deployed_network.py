@@ -8,11 +8,13 @@ from models.networks.bisenet import BiSeNetConfig
 from models.networks.build import Build
 from models.networks.deeplab import DeepLabConfig, DilatedConv2d
 from models.networks.deployed import Deployed
+from models.networks.fada import FadaConfig
 
 CONFIGS = {
     "mrnet": DeepLabConfig.small(3),
     "proda": replace(DeepLabConfig.small(3), heads="proda"),
     "bisenet": BiSeNetConfig(3, (1, 1, 1, 1), width=8, spatial_width=8),
+    "fada": FadaConfig.small(3),
 }
 MEAN, SCALE = (10.0, 20.0, 30.0), (2.0, 4.0, 8.0)
 
@@ -38,9 +40,10 @@ def test_values_of_a_picture_become_class_scores_at_its_size(heads, bgr):
 
 
 @pytest.mark.parametrize("size", [(32, 40), (64, 64), (136, 200)])
-def test_for_any_size_all_taps_are_kept_and_the_answers_stay(size):
+@pytest.mark.parametrize("heads", ["mrnet", "fada"])
+def test_for_any_size_all_taps_are_kept_and_the_answers_stay(heads, size):
     """At the smallest size the network leaves out taps of both its dilations."""
-    inner = network("mrnet")
+    inner = network(heads)
     whole = Deployed(inner, MEAN, SCALE, bgr=True, any_size=True).eval()
     assert not any(isinstance(module, DilatedConv2d) for module in whole.modules())
     assert any(isinstance(module, DilatedConv2d) for module in inner.modules())

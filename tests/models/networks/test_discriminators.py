@@ -11,6 +11,7 @@ from models.networks.discriminators import (
     FullyConvDiscriminator,
     MultiScaleDiscriminator,
     PatchDiscriminator,
+    PixelDiscriminator,
     SeparableDiscriminator,
 )
 
@@ -217,3 +218,44 @@ def test_a_map_without_five_halvings_is_refused(name):
 def test_they_need_classes_and_channels(name):
     with pytest.raises(ValueError, match="num_classes is 0"):
         BISENETS[name][0](0)
+
+
+# FADA's.
+
+
+@pytest.mark.parametrize(("classes", "count"), [(19, 5_057_702), (16, 5_050_784)])
+def test_fadas_discriminator_has_the_published_keys_and_counts(classes, count):
+    with torch.device("meta"):
+        network = PixelDiscriminator(classes)
+    expected = json.loads((Path(__file__).parents[2] / "golden" / "fada_keys.json").read_text())["fada_discriminator"]
+    shapes = {key: list(value.shape) for key, value in network.state_dict().items()}
+    assert shapes.keys() == expected.keys()
+    assert classes != 19 or shapes == expected
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+
+
+def test_it_answers_cell_by_cell_for_the_classes_of_the_source_and_then_of_the_target():
+    """Layer by layer in float64."""
+    torch.manual_seed(0)
+    network, features = PixelDiscriminator(3, features=8, width=6), torch.randn(2, 8, 5, 9)
+    state = {name: value.double() for name, value in network.state_dict().items()}
+
+    def conv(name, x):
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], 1, 1)
+
+    x = features.double()
+    for name in ("D.0", "D.2"):
+        x = conv(name, x)
+        x = torch.where(x > 0, x, 0.2 * x)
+    assert x.shape[1] == 3
+    before = features.clone()
+    found = network(features)
+    assert found.shape == (2, 6, 5, 9)
+    torch.testing.assert_close(found.double(), torch.cat((conv("cls1", x), conv("cls2", x)), 1), atol=1e-6, rtol=1e-5)
+    assert torch.equal(features, before), "its rectifiers leave what it reads alone"
+
+
+@pytest.mark.parametrize("counts", [(0, 8, 4), (3, 0, 4), (3, 8, 1)])
+def test_it_needs_classes_features_and_two_channels(counts):
+    with pytest.raises(ValueError, match=r"num_classes is .*, features is .* and width is .*at least 1, 1 and 2"):
+        PixelDiscriminator(*counts)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from models.networks.bisenet import BiSeNet, BiSeNetConfig
-from models.networks.build import Build
+from models.networks.build import Build, named_config
 from models.networks.deeplab import DeepLab, DeepLabConfig
+from models.networks.fada import Fada, FadaConfig
 from models.networks.layouts import (
     backbone_part,
     described,
@@ -15,6 +16,7 @@ from models.networks.layouts import (
     with_published_copies,
 )
 
+COUNTER = "num_batches_tracked"
 BACKBONE = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
 
@@ -291,3 +293,141 @@ def test_another_systems_network_is_refused():
         load(bisenet(), tiny().state_dict())
     with pytest.raises(ValueError, match="another network"):
         load(tiny(), bisenet().state_dict())
+
+
+# FADA's.
+
+FADA = FadaConfig(
+    3, layers=(1, 1, 1, 1), width=4, dilations=(1, 2), branch_channels=16, head_channels=8, groups=4, norms="batch"
+)
+KINDS = [{}, {"aspp": "modified"}, {"norms": "frozen"}, {"norms": "frozen", "aspp": "modified", "num_classes": 5}]
+
+
+def fada(seed=0, **changes):
+    """A network whose norms are not those of a fresh one."""
+    torch.manual_seed(seed)
+    network = Fada(replace(FADA, **changes))
+    for name, value in network.state_dict().items():
+        if ".bn" in name and value.is_floating_point():
+            value.uniform_(0.5, 2.0)
+    return network
+
+
+def vgg(seed=0, **changes):
+    return fada(seed, backbone="vgg16", pixels="bgr_vgg", **changes)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_fada_tells_classes_classifier_and_norms_of_its_network(kind, prefix):
+    state = {f"{prefix}{key}": value for key, value in fada(**kind).state_dict().items()}
+    asked = replace(FADA, num_classes=9, dropout=0.4, norms="frozen", pixels="bgr_city", layers=(2, 2, 1, 1), width=8)
+    expected = replace(FADA, dropout=0.4, pixels="bgr_city", **kind)
+    assert is_whole_network(state)
+    assert described(state, asked) == expected
+    load(Fada(expected), state)
+
+
+def test_of_a_published_file_of_fada_all_is_told():
+    for name in ("fada101", "fada101-modified", "fada-vgg16"):
+        for given in (named_config(name, 16, small=False), replace(named_config(name, 19, small=False), norms="batch")):
+            with torch.device("meta"):
+                state = Fada(given).state_dict()
+            expected = replace(given, norms="frozen") if name == "fada-vgg16" else given  # it has no norms
+            assert described(state) == described(state, DeepLabConfig()) == expected
+
+
+def test_a_file_of_fada_on_another_backbone_than_asked_for_reads_the_pixels_of_that_one():
+    on_vgg = replace(FADA, backbone="vgg16", pixels="bgr_vgg")
+    assert described(vgg(width=8).state_dict(), FADA) == replace(on_vgg, width=8)
+    asked = replace(on_vgg, num_classes=7, pixels="rgb_imagenet")
+    assert described(vgg().state_dict(), asked) == replace(asked, num_classes=3)
+    assert described(fada().state_dict(), asked) == FADA
+
+
+def test_a_file_of_fada_without_its_last_layer_is_left_to_whoever_loads_it():
+    state = fada(aspp="modified").state_dict()
+    del state["classifier.head.1.weight"]
+    assert described(state, FADA) is FADA
+    with pytest.raises(ValueError, match=r"another network: 1 missing \(classifier\.head\.1\.weight\)"):
+        load(fada(aspp="modified"), state)
+
+
+def test_frozen_norms_fill_ordinary_ones_and_ordinary_ones_fill_frozen_ones():
+    """Q-UL-4: an adversarial checkpoint is evaluated with ordinary norms; its counters are absent."""
+    frozen, ordinary = fada(1, norms="frozen"), fada(2)
+    ordinary.feature_extractor.backbone.bn1.num_batches_tracked.fill_(7)
+    assert load(ordinary, frozen.state_dict()) == len(frozen.state_dict())
+    assert not unlike(frozen, ordinary)
+    assert ordinary.feature_extractor.backbone.bn1.num_batches_tracked == 7
+    again = fada(3, norms="frozen")
+    assert load(again, ordinary.state_dict()) == len(frozen.state_dict())
+    assert not unlike(again, frozen)
+
+
+def test_nothing_but_counters_may_be_absent_from_a_file_of_fada():
+    state = fada().state_dict()
+    del state["feature_extractor.backbone.bn1.running_var"]
+    with pytest.raises(ValueError, match=r"1 missing \(feature_extractor\.backbone\.bn1\.running_var\)"):
+        load(fada(), state)
+    with pytest.raises(ValueError, match=r"another network: .*missing \(classifier"):
+        load(fada(aspp="modified"), fada().state_dict())
+    with pytest.raises(ValueError, match=r"another network: .*unexpected \(feature_extractor\.backbone\.0\.weight"):
+        load(fada(), vgg().state_dict())
+
+
+@pytest.mark.parametrize("norms", ["frozen", "batch"])
+@pytest.mark.parametrize("counters", [False, True])
+def test_a_usual_resnet_fills_the_feature_extractor_alone(norms, counters):
+    """The older ImageNet files have no counters and the newer ones have."""
+    ours, theirs = fada(1, norms=norms), fada(2)
+    state = {
+        key.removeprefix(Fada.BACKBONE): value
+        for key, value in theirs.state_dict().items()
+        if key.startswith(Fada.BACKBONE) and (counters or not key.endswith(COUNTER))
+    }
+    assert not is_whole_network(state)
+    loaded = load(ours, state | {"fc.weight": torch.zeros(1000, 128), "fc.bias": torch.zeros(1000)})
+    assert loaded == sum(norms == "batch" or not key.endswith(COUNTER) for key in state)
+    differing = unlike(ours, theirs)
+    assert {key.partition(".")[0] for key in differing} == {"classifier"}
+    assert differing & unlike(ours, fada(1, norms=norms)) == set()
+
+
+def imagenet_vgg(network):
+    """A Caffe conversion (methods 8.5): all five stages numbered with their pools, then three linear layers."""
+    numbers = [n for stage in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)) for n in stage]
+    convolutions = [module for module in network.feature_extractor.backbone if isinstance(module, torch.nn.Conv2d)]
+    state = {}
+    for number, conv in zip(numbers, convolutions[:13], strict=True):
+        state |= {f"features.{number}.weight": conv.weight.detach(), f"features.{number}.bias": conv.bias.detach()}
+    linear = {f"classifier.{n}.{part}": torch.zeros(4, 4) for n in (0, 3, 6) for part in ("weight", "bias")}
+    return state | linear
+
+
+def test_a_vgg_of_imagenet_fills_all_but_the_layers_that_it_does_not_have():
+    ours, theirs = vgg(1), vgg(2)
+    assert not is_whole_network(imagenet_vgg(theirs))
+    assert load(ours, imagenet_vgg(theirs)) == 26
+    new = {f"{Fada.BACKBONE}{number}.{part}" for number in (29, 31) for part in ("weight", "bias")}
+    differing = unlike(ours, theirs)
+    assert differing == new | {key for key in ours.state_dict() if key.startswith("classifier.")}
+    assert not differing & unlike(ours, vgg(1))
+
+
+def test_a_vgg_and_a_resnet_do_not_fill_each_other():
+    resnet = {key.removeprefix(Fada.BACKBONE): v for key, v in fada().state_dict().items() if "backbone" in key}
+    with pytest.raises(ValueError, match=r"does not fit this backbone: 26 missing .*unexpected"):
+        load(vgg(), resnet)
+    with pytest.raises(ValueError, match=r"does not fit this backbone: .*26 unexpected"):
+        load(fada(), imagenet_vgg(vgg()))
+    with pytest.raises(ValueError, match=r"2 missing \(feature_extractor\.backbone\.12\.weight"):
+        load(vgg(), {key: value for key, value in imagenet_vgg(vgg()).items() if ".12." not in key})
+
+
+def test_networks_of_fada_and_of_other_systems_are_told_apart():
+    for other in (tiny(), bisenet(), proda()):
+        with pytest.raises(ValueError, match="another network"):
+            load(other, fada().state_dict())
+        with pytest.raises(ValueError, match="another network"):
+            load(fada(), other.state_dict())

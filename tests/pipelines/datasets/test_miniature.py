@@ -1,11 +1,12 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pipelines.benchmarks import BENCHMARKS, benchmark
-from pipelines.datasets import DataError
+from pipelines.datasets import CITYSCAPES_19, DataError
 from pipelines.datasets.miniature import MINIATURE_VERSION, SIZES, miniature_folder, write_miniature
 from pipelines.datasets.miniature.domains import DOMAINS
 from pipelines.datasets.miniature.scene import render
@@ -74,6 +75,7 @@ FROZEN = {
     "gta5": ((123.9, 117.1, 105.8), (32.8, 32.3, 3.5, 10.3, 11.4)),
     "cityscapes": ((101.7, 102.8, 95.0), (38.2, 22.1, 9.3, 4.3, 7.8)),
     "robotcar": ((110.7, 106.8, 111.0), (29.2, 22.4, 12.9, 11.0, 10.2)),
+    "cityscapes-shifted": ((107.9, 104.8, 96.4), (33.7, 25.3, 3.0, 6.1, 3.0)),
 }
 
 
@@ -86,6 +88,48 @@ def test_the_calibrated_pictures_are_frozen(name):
     np.testing.assert_allclose(np.stack(pictures).mean((0, 1, 2)), colours, atol=0.3)
     found = [100 * np.mean(np.stack(ids) == i) for i in (7, 11, 21, 23, 26)]
     np.testing.assert_allclose(found, shares, atol=0.2)
+
+
+def test_the_shifted_city_differs_in_how_often_things_occur_and_in_nothing_else():
+    city, shifted = DOMAINS["cityscapes"], DOMAINS["cityscapes-shifted"]
+    assert shifted.seed != city.seed
+    assert replace(shifted, name=city.name, seed=city.seed, density=city.density) == city
+    assert set(shifted.density) == set(city.density)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("parked", "traffic"), ("tree", "hedge"), ("person", "crossing"), ("rider_bicycle", "rider_motorcycle")],
+)
+def test_what_a_class_shows_in_several_ways_keeps_its_proportions_when_it_is_shifted(one, other):
+    city, shifted = DOMAINS["cityscapes"].density, DOMAINS["cityscapes-shifted"].density
+    assert shifted[one] / city[one] == pytest.approx(shifted[other] / city[other], rel=0.1)
+
+
+def test_the_shift_is_strong_in_both_directions(folder):
+    domains = benchmark("shift_only").miniature("tiny", folder)
+
+    def shares(split):
+        pixels = sum(np.bincount(split.label(i).reshape(-1), minlength=256)[:19] for i in range(len(split)))
+        return pixels / pixels.sum()
+
+    offset = np.log(shares(domains.target_labelled) / shares(domains.source))
+    ratio = dict(zip(CITYSCAPES_19.names, offset, strict=True))
+    assert all(ratio[name] > 0.7 for name in ("person", "rider", "bus", "train", "motorcycle", "bicycle")), ratio
+    assert all(ratio[name] < -0.7 for name in ("car", "vegetation")), ratio
+    assert all(abs(ratio[name]) < 0.3 for name in ("road", "pole", "terrain", "sky")), ratio
+
+
+def test_what_is_frequent_is_put_in_sight_more_often_too(folder):
+    """Or it would stand further away than where it is rare, and look smaller."""
+    domains = benchmark("shift_only").miniature("tiny", folder)
+    wanted = {CITYSCAPES_19.index(name) for name in ("person", "rider", "bicycle", "motorcycle", "bus", "train")}
+
+    def whole(split):
+        return sum(wanted <= set(np.unique(split.label(i)).tolist()) for i in range(len(split)))
+
+    assert whole(domains.target_labelled) > 12
+    assert whole(domains.source) < 4
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(tmp_path):

@@ -200,3 +200,29 @@ def test_a_run_that_has_only_begun_has_a_page(folder):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="is no run directory"):
         write_report(tmp_path)
+
+
+def test_a_chart_shows_how_the_estimate_of_class_frequencies_moved_where_there_is_one(folder):
+    note = "How frequent classes are held to be on the target"
+    assert note not in spaced(written(folder))
+    offsets = [[0.1 * index * moved for index in range(19)] for moved in (0, -1)]
+    lines = [
+        {"kind": "teachers", "step": step, "prior_offset": found, "target_prior": [1 / 19] * 19}
+        for step, found in zip((40, 50), offsets, strict=True)
+    ]
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = written(folder)
+    text = spaced(page)
+    assert not page.open
+    assert note in text
+    assert "added to class scores" in text
+    chart = text[text.index("added to class scores") : text.index(note)]
+    assert "bicycle" in chart, "of the classes that differ most"
+    assert "sidewalk" not in chart
+
+
+def test_a_class_without_an_offset_does_not_break_the_chart(folder):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "teachers", "step": 40, "prior_offset": [None, 0.5, *[0.0] * 17]}) + "\n")
+    assert "How frequent classes are held to be" in spaced(written(folder))

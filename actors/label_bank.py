@@ -563,7 +563,7 @@ class LabelBank:
 
 
 def _prior_status(book: LabelBook) -> dict[str, Any]:
-    """The target prior that labels are adjusted to, what it adds to class scores, and how far it is from the source's.
+    """The target prior that labels are adjusted to, what it adds to scores at most, and its distance from the source's.
 
     The distance is the total variation: the share of pixels that would have to change class. Nothing where labels are
     not adjusted.

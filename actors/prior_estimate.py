@@ -229,7 +229,7 @@ class PriorEstimate:
         self.plan, self.chunks, self.frozen = plan, chunks, frozen
         self.target = np.array(plan.source, np.float64)
         self.predicted: np.ndarray | None = None
-        """Shares of the classes in what the network that labels sees itself, float64 C, of a live estimate."""
+        """Shares of the known classes in what the network that labels sees itself, float64 C, of a live estimate."""
         self.settled = False
         """Whether a frozen estimate is made."""
         self.evidence: dict[int, Evidence] = {}
@@ -247,10 +247,11 @@ class PriorEstimate:
 
         A network that learns from adjusted labels comes to see the target's frequencies by itself, and to adjust it in
         full once more would overshoot, round by round. So labels of such a network are adjusted no further than
-        brings what it sees to the estimate, and not at all where it is beyond.
+        brings what it sees to the estimate, and not at all where it is beyond. With ``counts`` the two cannot be
+        compared, one of images and one of pixels, and labels are adjusted in full.
         """
         offset = self.plan.offset(self.target)
-        if self.predicted is not None:
+        if self.predicted is not None and self.plan.method != "counts":
             offset = _no_further(offset, self.plan.offset_from(self.predicted, self.target))
         every = 1 if self.surveying else max(1, min(SOURCE_EVERY, self.images // SOURCE_LOOKS))
         return Adjustment(offset, not self.settled, self.plan.temperature, every, None if self.frozen else self.target)
@@ -302,7 +303,8 @@ class PriorEstimate:
         if not (seen.any() and means.any() and explained):
             return
         # No share is 0: a softmax has none, and in half precision it may look so.
-        self.predicted = shares(np.maximum(means, np.finfo(np.float32).tiny * means.sum()))
+        least = np.finfo(np.float32).tiny * means.sum()
+        self.predicted = shares(np.where(self.plan.known, np.maximum(means, least), 0.0))
         estimate = shares(seen)
         if self.plan.method == "confusion":
             source = np.array(self.plan.source)

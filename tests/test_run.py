@@ -83,7 +83,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
         (["data", "check", "--source", "a.toml"], "--target"),
         (["data", "prepare", "--source", "a.toml", "--target", "b.toml"], "a.toml does not exist"),
         (["data", "prepare", "--recipe", "magic"], "eplc, rectified, mrnet"),
-        (["prior"], "RUN"),
+        (["prior"], "Missing from run.py prior"),
         (["prior", "nowhere"], "is no run directory"),
         (["prior", "nowhere", "--method", "guess"], "guess"),
         (["prior", "nowhere", "--weights", "best"], "best"),

@@ -211,7 +211,7 @@ def _prior_chart(history: History, names: tuple[str, ...]) -> str | None:
     most = sorted(range(len(last)), key=lambda i: -abs(last[i] or 0.0))[: len(charts.COLOURS)]
     return charts.curves(
         {names[i]: [(step, float(row[i] or 0.0)) for step, row in zip(steps, rows, strict=True)] for i in most},
-        "added to class scores",
+        "added to class scores, at most",
     )
 
 

@@ -11,7 +11,7 @@ from actors import labeller as module
 from actors.errors import UnreadableImage
 from actors.evaluator import Evaluator
 from actors.labeller import YIELDING, Labeller, Networks, label_seed, load_weights
-from actors.prior_estimate import Adjustment, Evidence
+from actors.prior_estimate import Adjustment, Evidence, Part, PriorPlan
 from actors.records import decode
 from actors.teacher import Teacher
 
@@ -240,11 +240,12 @@ class Source:
         return len(indices) * np.eye(3)
 
 
+PRIOR = PriorPlan((0.5, 0.3, 0.2))
 WITNESS = Adjustment(np.array([0.5, 0.0, -0.5], np.float32), witness=True)
 
 
 def witness(source=None, **reader):
-    plan = replace(label_plan(), rule=Witness(), source=source)
+    plan = replace(label_plan(), rule=Witness(), prior=PRIOR, source=source)
     made = Labeller(TinyNetwork, Reader(**reader), {1: plan}, 0, CPU, batch=4)
     made.version = 5
     return made
@@ -292,6 +293,19 @@ def test_source_images_are_not_looked_at_where_nobody_asks():
     assert witness(source).plans[1].for_bank().source is None, "the bank has no use for images"
 
 
+@pytest.mark.parametrize("source", [None, Source()])
+def test_a_teacher_sums_what_it_sees_for_an_estimate_that_moves(source):
+    """It tells the bank one small array."""
+    target = np.array([0.2, 0.3, 0.5])
+    whole = witness(source).label(1, 0, 0, 10, 9, replace(WITNESS, source_every=2))[0].evidence
+    summed = witness(source).label(1, 0, 0, 10, 9, replace(WITNESS, source_every=2, target=target))[0].evidence
+    assert isinstance(whole, Evidence)
+    assert isinstance(summed, Part)
+    np.testing.assert_array_equal(summed.sums, PRIOR.part(whole, target).sums)
+    assert summed.sums.shape == ((2, 3) if source is None else (5, 3))
+    assert witness(source, broken=range(10)).label(1, 0, 0, 10, 9, replace(WITNESS, target=target))[0].evidence is None
+
+
 def test_every_call_of_the_rule_hears_the_adjustment():
     heard = []
 
@@ -309,7 +323,8 @@ def test_every_call_of_the_rule_hears_the_adjustment():
 
 def test_a_teacher_hands_the_adjustment_on(monkeypatch):
     monkeypatch.setattr(module, "_yield_cores", lambda: None)
-    teacher = Teacher(TinyNetwork, Reader(), {1: replace(label_plan(), rule=Witness())}, 0, board=None)
+    plan = replace(label_plan(), rule=Witness(), prior=PRIOR)
+    teacher = Teacher(TinyNetwork, Reader(), {1: plan}, 0, board=None)
     teacher.labeller.version = 5
     assert teacher.label(1, 0, 0, 2, 5, 9)[0].evidence is None
     assert len(teacher.label(1, 0, 0, 2, 5, 9, WITNESS)[0].evidence.log_means) == 2

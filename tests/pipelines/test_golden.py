@@ -22,7 +22,7 @@ STEPS = 20
 SURE_STEPS = 3
 """Other processors sum in another order, and further steps enlarge what that makes of the last digits."""
 FURTHER = {"meta pseudo labels": 0.15, "meta pseudo labels, published": 0.15}
-"""Between two processors that were at hand. A BiSeNet normalises two 1x1 maps by each other: all that is left is a sign."""
+"""As far as two processors differed. A BiSeNet normalises two 1x1 maps by each other: all that is left is a sign."""
 RUNS = {
     "mrnet": {"recipe": "mrnet"},
     "rectified": {"recipe": "rectified"},

@@ -100,8 +100,9 @@ class EvaluateOptions:
     """Of a file: what the network reads. Default: what its system reads; of a published BiSeNet, which is told by its
     second copy of the backbone, bgr_city. An export of ours made with --faithful needs bgr_city."""
     adjust_prior: str = "none"
-    """Class frequencies of the target that predictions are adjusted to (inference adjustment). estimated: now, from
-    unlabelled target images. A TOML file, or the name of a published table: gta5-original, gta5-modified,
+    """Class frequencies of the target that predictions are adjusted to (inference adjustment), for a network that has
+    learned from the source's: one that learned from adjusted labels knows them already. estimated: now, from unlabelled
+    target images. A TOML file, or the name of a published table: gta5-original, gta5-modified,
     synthia-original, synthia-modified. none: they are not."""
     out: str = "evaluation"
     """Of a file: folder for what is written."""

@@ -266,10 +266,16 @@ class LabelBook:
         }
 
     def _known_prior(self) -> dict[str, list[float]]:
-        """The target prior as a checkpoint keeps it; nothing before a frozen one is made."""
+        """The target prior as a checkpoint keeps it, and what the network that labels sees itself, where that counts.
+
+        Nothing before a frozen one is made.
+        """
         if self.target_prior is None or (self.prior is not None and self.prior.surveying):
             return {}
-        return {"prior": self.target_prior.tolist()}
+        known = {"prior": self.target_prior.tolist()}
+        if self.prior is not None and self.prior.predicted is not None:
+            known["seen"] = self.prior.predicted.tolist()
+        return known
 
     def _held(self, chunk: int) -> int | None:
         if self.prior is not None and self.prior.surveying:
@@ -344,8 +350,8 @@ class LabelBank:
         """Files of the newest rounds that were made in this process."""
         self.fatal: str | None = None
         self.rewinds = 0
-        self.recalled: dict[int, list[float]] = {}
-        """Target priors by stage, from before a resume."""
+        self.recalled: dict[int, tuple[list[float], list[float] | None]] = {}
+        """Target priors by stage, from before a resume, and what the network that labelled saw by itself."""
 
     async def poll(self, stage: int, stage_version: int, since: int, step: int) -> Delta:
         """Answer a student, and begin its stage when this is the first word of it.
@@ -434,9 +440,9 @@ class LabelBank:
         """References of all live blocks, for ``ray.data.from_arrow_refs``."""
         return [] if self.book is None else [entry.block for _, entry in sorted(self.book.entries.items())]
 
-    async def recall(self, stage: int, prior: list[float]) -> None:
+    async def recall(self, stage: int, prior: list[float], seen: list[float] | None = None) -> None:
         """Go on from the target prior that a checkpoint of a stage holds."""
-        self.recalled[stage] = prior
+        self.recalled[stage] = prior, seen
 
     async def reopen(self, stage: int, stage_version: int, path: str) -> None:
         """Take over a complete round that :func:`actors.label_rounds.write_round` wrote before a resume.
@@ -482,7 +488,8 @@ class LabelBank:
         self.stage, self.stage_version = stage, stage_version
         self.book = LabelBook(self.images, self.rows[stage], self.plans[stage], self.counters)
         if self.book.prior is not None and stage in self.recalled:
-            self.book.prior.settle(np.array(self.recalled[stage]))
+            prior, seen = self.recalled[stage]
+            self.book.prior.recall(np.array(prior), None if seen is None else np.array(seen))
 
     def _close(self) -> None:
         for feeder in self.feeders:

@@ -238,6 +238,7 @@ class PriorEstimate:
         """The first two rows of the parts of a live estimate."""
         self.total, self.confusion = np.zeros((2, classes)), np.zeros((classes, classes))
         self.images = sum(chunks)
+        self.moved = False
         self.waiting = 0
         """Images labelled since a live estimate moved."""
 
@@ -285,8 +286,13 @@ class PriorEstimate:
         if len(sums) > 2:
             self.confusion += sums[2:]
         self.waiting += self.chunks[chunk]
-        if self.waiting >= math.ceil(self.images * (FIRST_SHARE if self.predicted is None else NEXT_SHARE)):
+        if self.waiting >= math.ceil(self.images * (NEXT_SHARE if self.moved else FIRST_SHARE)):
             self._move()
+
+    def recall(self, target: np.ndarray, predicted: np.ndarray | None) -> None:
+        """Go on from an estimate of before a resume, and from what the network saw then by itself."""
+        self.settle(target)
+        self.predicted = predicted
 
     def settle(self, target: np.ndarray) -> None:
         """Take an estimate; a frozen one stays."""
@@ -302,6 +308,7 @@ class PriorEstimate:
         explained = self.plan.method != "confusion" or self.confusion.any()
         if not (seen.any() and means.any() and explained):
             return
+        self.moved = True
         # No share is 0: a softmax has none, and in half precision it may look so.
         least = np.finfo(np.float32).tiny * means.sum()
         self.predicted = shares(np.where(self.plan.known, np.maximum(means, least), 0.0))

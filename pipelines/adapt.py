@@ -46,6 +46,9 @@ MAX_RESTARTS = 3
 SECONDS_TO_SAVE = 30.0
 """How long a teacher that learns may take to save itself when its student has ended."""
 
+PRIOR = ("target_prior", "prior_shift")
+"""What a bank tells of the target's class frequencies while it adjusts labels to them."""
+
 SUMS = ("labels_made", "teacher_failures")
 """Counters of the bank that start at zero with it; the run's go on."""
 
@@ -238,7 +241,13 @@ class Run:
         teachers = self.teacher_status
         if not teachers:  # resumed after its last step: no bank began, and the last one's words are in the metrics
             teachers = next(reversed(read_history(folder / "metrics.jsonl").of("teachers")), {})
-        learner = next(reversed(read_history(folder / "metrics.jsonl").of("trainable_teacher")), None)
+        history = read_history(folder / "metrics.jsonl")
+        learner = next(reversed(history.of("trainable_teacher")), None)
+        # Stages after the one whose labels are adjusted know nothing of it any more.
+        adjusted: dict[str, Any] = next(
+            (line for line in reversed(history.of("teachers")) if "target_prior" in line), {}
+        )
+        teachers = {**{name: adjusted[name] for name in PRIOR if name in adjusted}, **teachers}
         results = assemble(self.setup, scores, student, teachers, self.seconds, label_free=label_free, learner=learner)
         write_json(folder / "results.json", results)
         try:
@@ -443,7 +452,7 @@ class Run:
         self.labels_first = (stage if self.step < end else stage + 1) in self.setup.labels
         path = index.get("round_file")
         if index.get("stage") == stage and index.get("prior"):
-            ray.get(self.bank.recall.remote(stage, index["prior"]))
+            ray.get(self.bank.recall.remote(stage, index["prior"], index.get("seen")))
         if index.get("stage") == stage and path:
             version = sum(plan.steps for plan in self.setup.plan.stages[:stage])
             try:

@@ -126,7 +126,7 @@ class PriorOptions:
             raise RunError(f"--prior.damping is {self.damping}; give a share from 0 to less than 1")
         if not 0 < self.floor <= 1:
             raise RunError(f"--prior.floor is {self.floor}; give a share above 0 and at most 1")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise RunError(f"--prior.temperature is {self.temperature}; give a number above 0")
         if self.refine_steps < 0:
             raise RunError(f"--prior.refine-steps is {self.refine_steps}; give a number of steps, or 0")

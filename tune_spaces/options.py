@@ -90,8 +90,9 @@ class SweepOptions(AdaptOptions):
         return AdaptOptions(**{item.name: getattr(self, item.name) for item in dataclasses.fields(AdaptOptions)})
 
     def first_stage(self) -> AdaptOptions:
-        """The run whose weights all trials start from."""
-        own = dataclasses.replace(self.run_options(), to_stage=1, references="never")
+        """The run whose weights all trials start from. Refinement comes behind it, in every trial."""
+        prior = dataclasses.replace(self.prior, refine_steps=0)
+        own = dataclasses.replace(self.run_options(), to_stage=1, references="never", prior=prior)
         return dataclasses.replace(own, runs=str(self.folder()), name="stage-one")
 
     def trial_options(self) -> AdaptOptions:

@@ -413,6 +413,8 @@ def _with_places(options: SweepOptions) -> SweepOptions:
     paths = ("data", "data_root", "runs", "source", "target", "validation", "target_labels", "init", "pseudo_labels")
     given = {name: getattr(options, name) for name in paths}
     whole: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in given.items() if path is not None}
+    if Path(options.adjust_prior).is_file():
+        whole["adjust_prior"] = str(Path(options.adjust_prior).absolute())
     return dataclasses.replace(options, name=options.name or _default_name(options), **whole)
 
 

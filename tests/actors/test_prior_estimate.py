@@ -469,3 +469,14 @@ def test_a_live_estimate_goes_on_from_what_is_recalled():
 
 def test_teachers_are_told_at_which_temperature_to_look():
     assert PriorEstimate(replace(PLAN, temperature=1.8), [2], frozen=True).adjustment.temperature == 1.8
+
+
+def test_after_a_resume_labels_are_adjusted_no_further_than_before_it():
+    plan = PriorPlan((0.5, 0.3, 0.2))
+    before, after = (PriorEstimate(plan, [4, 4], frozen=False) for _ in range(2))
+    before.settle(np.array([0.2, 0.3, 0.5]))
+    before.predicted = np.array([0.25, 0.3, 0.45])
+    after.recall(before.target, before.predicted)
+    np.testing.assert_array_equal(after.adjustment.offset, before.adjustment.offset)
+    full = plan.offset(before.target)
+    assert np.abs(after.adjustment.offset).max() < np.abs(full).max()

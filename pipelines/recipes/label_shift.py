@@ -22,6 +22,7 @@ from actors.staleness import StalenessPolicy
 from models.class_alignment import alignment_loss, soft_encodings
 from models.losses import ClassBalance
 from models.networks.build import Build
+from models.networks.deeplab import DeepLabConfig
 from models.networks.discriminators import PixelDiscriminator
 from models.networks.fada import FadaConfig, FadaOutputs
 from models.networks.segmenter import upsample
@@ -380,11 +381,17 @@ def fitted(
 ) -> Preset:
     """Three stages and FADA's network; whole images at full size (methods §2.4, §2.6 and A.3)."""
     options = (own or LabelShiftOptions()).resolved(faithful)
-    classes, full = len(benchmark.classes.names), preset.name == "full"
-    config = FadaConfig(num_classes=classes) if full else FadaConfig.small(classes)
+    full, like = preset.name == "full", preset.network
     assert options.norms != "auto"
-    network = replace(
-        config,
+    assert isinstance(like, DeepLabConfig)
+    network = FadaConfig(  # as deep, wide and far-seeing as every other recipe's
+        num_classes=len(benchmark.classes.names),
+        layers=like.layers,
+        width=like.width,
+        dilations=like.dilations,
+        branch_channels=like.branch_channels,
+        head_channels=min(256, like.bottleneck_channels),
+        groups=like.groups,
         backbone=options.backbone,
         aspp=options.aspp,
         norms=options.norms,

@@ -151,7 +151,7 @@ def test_by_default_the_network_labels_for_itself_without_end_beside_source_imag
 def test_small_presets_share_the_steps_of_every_other_recipe():
     found = ingredients("mini").preset
     assert sum(stage.steps for stage in found.stages) == preset("mini", benchmark("gta2city")).total_steps
-    assert found.network.norms == "batch"
+    assert found.network == FadaConfig.small(19)
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,10 @@ class Seed:
         classes, folder = len(setup.benchmark.classes), statistics_folder(setup.options)
         pixels = [
             np.pad(counts, (0, classes - len(counts)))
-            for counts in (class_pixels(split, folder).pixel_counts for split in (setup.domains.source, labelled))
+            for counts in (
+                class_pixels(split, folder, ignore_bottom=setup.benchmark.bonnet).pixel_counts
+                for split in (setup.domains.source, labelled)
+            )
         ]
         source, truth = (shares(counts) for counts in pixels)
         known = (source > 0) & (truth > 0)

@@ -39,10 +39,13 @@ class SourceImages:
     Attributes:
         reader: of the images and their labels.
         size: (width, height) at which they are seen.
+        ignore_bottom: share of the images' height, from below, that tells nothing: the same part of the scene is
+            compared on both domains.
     """
 
     reader: SplitReader
     size: Size
+    ignore_bottom: float = 0.0
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -59,9 +62,11 @@ class SourceImages:
             except UnreadableImage:
                 continue
             scores = network(input_of(torch.from_numpy(image)[None].to(device), network)).fused().float()
-            probabilities = (scores / temperature).softmax(1)[0].flatten(1).t().double().cpu()
             grid = (scores.shape[-2], scores.shape[-1])
-            sums.index_add_(0, nearest(torch.from_numpy(np.array(label)), grid).flatten().long(), probabilities)
+            kept = grid[0] - round(self.ignore_bottom * grid[0])
+            probabilities = (scores / temperature).softmax(1)[0, :, :kept].flatten(1).t().double().cpu()
+            classes_of = nearest(torch.from_numpy(np.array(label)), grid)[:kept].flatten().long()
+            sums.index_add_(0, classes_of, probabilities)
         return sums[:classes].numpy()
 
 
@@ -124,7 +129,14 @@ class Survey:
         return replace(seen, source=self.source.look(network, looks, self.temperature))
 
 
-def prior_plan(wanted: str, options: PriorOptions, classes: ClassSet, source: Split, folder: Path | None) -> PriorPlan:
+def prior_plan(
+    wanted: str,
+    options: PriorOptions,
+    classes: ClassSet,
+    source: Split,
+    folder: Path | None,
+    ignore_bottom: float = 0.0,
+) -> PriorPlan:
     """What ``--adjust-prior`` stands for.
 
     Args:
@@ -133,6 +145,7 @@ def prior_plan(wanted: str, options: PriorOptions, classes: ClassSet, source: Sp
         classes: that the network scores.
         source: labelled images, whose classes are counted on first use where the prior is to be estimated.
         folder: where such counts are kept; None for nowhere.
+        ignore_bottom: share of the labels' height, from below, that is not counted, as on the target.
 
     Raises:
         RunError: there is no such table or file, or it does not fit the classes.
@@ -140,7 +153,7 @@ def prior_plan(wanted: str, options: PriorOptions, classes: ClassSet, source: Sp
     if wanted != "estimated":
         given = read_prior(wanted, classes.names)
         return PriorPlan(given.source, given.target, temperature=options.temperature)
-    of_source, presence = source_prior(source, len(classes.names), options.method, folder)
+    of_source, presence = source_prior(source, len(classes.names), options.method, folder, ignore_bottom)
     return PriorPlan(
         tuple(of_source.tolist()),
         method=options.method,
@@ -151,13 +164,17 @@ def prior_plan(wanted: str, options: PriorOptions, classes: ClassSet, source: Sp
     )
 
 
-def source_prior(source: Split, num_classes: int, method: Method, folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def source_prior(
+    source: Split, num_classes: int, method: Method, folder: Path | None, ignore_bottom: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Class frequencies of labelled images as an estimator compares with them, and shares of pixels, float64 C.
+
+    Both are of the part of the images that is looked at on the target, too: a street's classes differ from row to row.
 
     Raises:
         RunError: none of the labels shows a class.
     """
-    counted = class_pixels(source, folder)
+    counted = class_pixels(source, folder, ignore_bottom=ignore_bottom)
     if not counted.presence.any():
         raise RunError(
             f"{source.name}: none of the {len(source)} labels has a pixel of any class, so there are no class "

@@ -82,7 +82,8 @@ def estimate_of_run(
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     labelled, truth = setup.domains.target_labelled or setup.domains.validation, None
     if labelled is not None:
-        counts = class_pixels(labelled, statistics_folder(setup.options)).pixel_counts
+        folder_of_counts, bonnet = statistics_folder(setup.options), setup.benchmark.bonnet
+        counts = class_pixels(labelled, folder_of_counts, ignore_bottom=bonnet).pixel_counts
         truth = shares(np.pad(counts, (0, len(prior.classes) - len(counts)))) if counts.any() else None
     return Found(path, prior, setup.options.prior.temperature * prior.offset, truth, step)
 
@@ -96,7 +97,8 @@ def estimate_with(
 ) -> Prior:
     """Estimate the class frequencies of a run's target images with weights of one of its networks."""
     options, classes, domains = setup.options, setup.benchmark.classes, setup.domains
-    of_source, presence = source_prior(domains.source, len(classes), method, statistics_folder(options))
+    bonnet = setup.benchmark.bonnet
+    of_source, presence = source_prior(domains.source, len(classes), method, statistics_folder(options), bonnet)
     plan = PriorPlan(
         tuple(of_source.tolist()),
         method=method,
@@ -105,7 +107,7 @@ def estimate_with(
         temperature=options.prior.temperature,
     )
     network = Networks(setup.plan.networks, device).load(weights)
-    survey = setup.survey(source=setup.source_sight if method == "confusion" else None)
+    survey = setup.survey(bonnet, setup.source_sight(bonnet) if method == "confusion" else None)
     images = len(domains.target)
     seen = survey(network, lambda done: progress(done, images))
     target = estimated(plan, seen)

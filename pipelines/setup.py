@@ -104,16 +104,15 @@ class Setup:
         """``real`` or ``miniature``, wherever a score stands."""
         return "miniature" if self.options.on_miniature else "real"
 
-    @property
-    def source_sight(self) -> SourceImages:
-        """Labelled source images, for estimates of what is taken for what."""
-        return SourceImages(SplitReader(self.domains.source, self.cache), self.preset.stages[-1].source_size)
+    def source_sight(self, ignore_bottom: float) -> SourceImages:
+        """Labelled source images, for estimates of what is taken for what; without their lowest rows."""
+        view = self.preset.stages[-1].source_size
+        return SourceImages(SplitReader(self.domains.source, self.cache), view, ignore_bottom)
 
-    def survey(self, ignore_bottom: float | None = None, source: SourceSight | None = None) -> Survey:
-        """What asks a network how frequent classes look on the target images, without what shows the camera's car."""
-        bottom = self.benchmark.bonnet if ignore_bottom is None else ignore_bottom
+    def survey(self, ignore_bottom: float, source: SourceSight | None) -> Survey:
+        """What asks a network how frequent classes look on the target images; without their lowest rows."""
         view, temperature = self.preset.label_views[-1], self.options.prior.temperature
-        return Survey(self.target_reader, view, self.options.seed, bottom, temperature, source)
+        return Survey(self.target_reader, view, self.options.seed, ignore_bottom, temperature, source)
 
     def network_with(self, names: Iterable[str]) -> nn.Module:
         """That of the run's networks whose tensors have these names, on the ``meta`` device; the last if none has."""
@@ -231,13 +230,15 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         )
     prior = _prior(named, pair, domains, stages)
     if prior is not None and not options.prior.refine_steps:
-        stages = _with_adjusted_labels(stages, prior, _sight(prior, domains, size, cache))
+        sight = _sight(prior, domains, size, cache, _unseen(pair, stages))
+        stages = _with_adjusted_labels(stages, prior, sight)
     makes = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
     every, stages = stages, stages[options.from_stage - 1 : options.to_stage]
     if prior is not None and options.prior.refine_steps:
-        stages = _with_refinement(named, every, stages, ingredients, prior, _sight(prior, domains, size, cache))
+        sight = _sight(prior, domains, size, cache, bottom := _unseen(pair, every))
+        stages = _with_refinement(named, every, stages, ingredients, prior, sight, bottom)
     if options.pseudo_labels is not None:
         stages = with_given_labels(stages)
     _check_batches(options, network, stages)
@@ -415,14 +416,23 @@ def _prior(options: AdaptOptions, pair: Benchmark, domains: Domains, stages: tup
             return None
         if nothing is not None:
             raise RunError(f"--adjust-prior {wanted} would change nothing: {nothing}. Leave it out")
-    return prior_plan(wanted, options.prior, pair.classes, domains.source, statistics_folder(options))
+    folder, bottom = statistics_folder(options), _unseen(pair, stages)
+    return prior_plan(wanted, options.prior, pair.classes, domains.source, folder, bottom)
 
 
-def _sight(prior: PriorPlan, domains: Domains, size: Preset, cache: DecodeCache) -> SourceImages | None:
+def _unseen(pair: Benchmark, stages: tuple[StagePlan, ...]) -> float:
+    """Share of the images' height, from below, that tells nothing of class frequencies: where there are no labels."""
+    labels = next((stage.labels for stage in stages if stage.labels is not None), None)
+    return pair.bonnet if labels is None else getattr(labels.rule, "ignore_bottom", 0.0)
+
+
+def _sight(
+    prior: PriorPlan, domains: Domains, size: Preset, cache: DecodeCache, ignore_bottom: float
+) -> SourceImages | None:
     """Labelled source images, where an estimate needs to see what is taken for what on them."""
     if prior.target is not None or prior.method != "confusion":
         return None
-    return SourceImages(SplitReader(domains.source, cache), size.stages[-1].source_size)
+    return SourceImages(SplitReader(domains.source, cache), size.stages[-1].source_size, ignore_bottom)
 
 
 def _with_adjusted_labels(
@@ -450,14 +460,13 @@ def _with_refinement(
     ingredients: Ingredients,
     prior: PriorPlan,
     sight: SourceImages | None,
+    bottom: float,
 ) -> tuple[StagePlan, ...]:
     """Of all stages of a recipe those that are run, and refinement before the first that has labels.
 
     Raises:
         RunError: that one lies before those that are run.
     """
-    labels = next((stage.labels for stage in every if stage.labels is not None), None)
-    bottom = ingredients.bonnet if labels is None else getattr(labels.rule, "ignore_bottom", 0.0)
     reader, asked = ingredients.reader, options.prior
     assert reader is not None
     survey = Survey(reader, ingredients.preset.label_views[-1], options.seed, bottom, prior.temperature, sight)

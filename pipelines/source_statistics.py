@@ -67,7 +67,10 @@ class ClassPixels:
 
 
 def class_pixels(
-    split: Split, folder: Path | None, progress: Callable[[int, int], None] = lambda done, files: None
+    split: Split,
+    folder: Path | None,
+    progress: Callable[[int, int], None] = lambda done, files: None,
+    ignore_bottom: float = 0.0,
 ) -> ClassPixels:
     """Count the labels of a split, or read what was counted before; what could not be read is tried again.
 
@@ -75,6 +78,7 @@ def class_pixels(
         split: labelled. C is one more than the highest train id of its encoding.
         folder: where counts are kept, in ``statistics/``; None keeps nothing.
         progress: told (label files read, files to read).
+        ignore_bottom: share of the labels' height, from below, that is not counted.
 
     Raises:
         DataError: the split has no labels.
@@ -83,7 +87,7 @@ def class_pixels(
         raise DataError(f"{split.name} has no labels to count; count those of a labelled split")
     paths, encoding = split.label_paths, split.label_encoding
     classes = 1 + max(train_id for train_id in encoding.train_ids if train_id != IGNORE)
-    entry = None if folder is None else Path(folder) / "statistics" / f"{_key(paths, encoding)}.npz"
+    entry = None if folder is None else Path(folder) / "statistics" / f"{_key(paths, encoding, ignore_bottom)}.npz"
     pixels, missing = _kept(entry, (len(paths), classes))
     if not missing:
         return ClassPixels(pixels)
@@ -91,7 +95,7 @@ def class_pixels(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         done = 0
         while chunk := list(islice(todo, IN_FLIGHT)):
-            counted = pool.map(lambda index: _count(paths[index], encoding, classes), chunk)
+            counted = pool.map(lambda index: _count(paths[index], encoding, classes, ignore_bottom), chunk)
             for index, found in zip(chunk, counted, strict=True):
                 if found is None:
                     unread.append(index)
@@ -104,18 +108,19 @@ def class_pixels(
     return ClassPixels(pixels, tuple(paths[index] for index in unread))
 
 
-def _count(path: str, encoding: LabelEncoding, classes: int) -> _Counts | None:
+def _count(path: str, encoding: LabelEncoding, classes: int, ignore_bottom: float) -> _Counts | None:
     """Pixels of every class in one label file; None if it cannot be read."""
     try:
         label = read_label(path, encoding)
     except UnreadableImage:
         return None
-    return np.bincount(label.reshape(-1), minlength=classes)[:classes]
+    seen = label[: len(label) - round(ignore_bottom * len(label))]
+    return np.bincount(seen.reshape(-1), minlength=classes)[:classes]
 
 
-def _key(paths: Sequence[str], encoding: LabelEncoding) -> str:
+def _key(paths: Sequence[str], encoding: LabelEncoding, ignore_bottom: float) -> str:
     """A name for the counts of these files with these train ids."""
-    digest = hashlib.sha256(repr((STATISTICS_VERSION, encoding)).encode())
+    digest = hashlib.sha256(repr((STATISTICS_VERSION, encoding, ignore_bottom)).encode())
     for path in paths:
         try:
             status = os.stat(path)

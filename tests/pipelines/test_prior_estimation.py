@@ -224,3 +224,10 @@ def test_a_plan_from_a_file_counts_nothing(source, tmp_path):
     with pytest.raises(RunError, match=r"there is no file .*no\.toml with class frequencies"):
         prior_plan(str(tmp_path / "no.toml"), options, CLASSES, source, tmp_path)
     assert not (tmp_path / "statistics").exists()
+
+
+def test_source_images_are_seen_without_the_rows_that_tell_nothing_on_the_target():
+    whole = SourceImages(Labelled(), SIZE).look(Colours().eval(), [0], 1.0)
+    upper = SourceImages(Labelled(), SIZE, ignore_bottom=0.5).look(Colours().eval(), [0], 1.0)
+    assert (upper <= whole + 1e-12).all()
+    assert 0 < upper.sum() < whole.sum()

@@ -415,7 +415,7 @@ def test_the_network_that_is_refined_is_asked_what_it_sees_without_the_bonnet(ti
     assert survey.ignore_bottom == setup.labels[2].rule.ignore_bottom == setup.benchmark.bonnet > 0
     assert len(survey.source) == len(setup.domains.source)
     assert survey.reader.split.label_paths is None
-    assert setup.survey() == replace(survey, source=None)
+    assert setup.survey(setup.benchmark.bonnet, None) == replace(survey, source=None)
 
 
 # Streams by class.

@@ -179,3 +179,13 @@ def test_no_partial_file_is_left_behind(split, tmp_path, monkeypatch):
 def test_a_split_without_labels_is_refused(tiny):
     with pytest.raises(DataError, match="cityscapes/train has no labels to count"):
         class_pixels(tiny.target, None)
+
+
+def test_rows_that_are_not_looked_at_are_not_counted(split, tmp_path):
+    whole = class_pixels(split, tmp_path).pixels
+    found = class_pixels(split, tmp_path, ignore_bottom=0.25).pixels
+    upper = [label[: len(label) * 3 // 4] for label in map(split.label, range(len(split)))]
+    by_hand = [np.bincount(label.reshape(-1), minlength=256)[:3] for label in upper]
+    np.testing.assert_array_equal(found, by_hand)
+    assert found.sum() < whole.sum()
+    np.testing.assert_array_equal(class_pixels(split, tmp_path).pixels, whole)

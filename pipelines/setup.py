@@ -106,8 +106,7 @@ class Setup:
 
     def source_sight(self, ignore_bottom: float) -> SourceImages:
         """Labelled source images, for estimates of what is taken for what; without their lowest rows."""
-        view = self.preset.stages[-1].source_size
-        return SourceImages(SplitReader(self.domains.source, self.cache), view, ignore_bottom)
+        return _source_images(self.domains, self.preset, self.cache, ignore_bottom)
 
     def survey(self, ignore_bottom: float, source: SourceSight | None) -> Survey:
         """What asks a network how frequent classes look on the target images; without their lowest rows."""
@@ -237,7 +236,8 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
         stages = with_few_labels(stages, ingredients)
     every, stages = stages, stages[options.from_stage - 1 : options.to_stage]
     if prior is not None and options.prior.refine_steps:
-        sight = _sight(prior, domains, size, cache, bottom := _unseen(pair, every))
+        bottom = _unseen(pair, every)
+        sight = _sight(prior, domains, size, cache, bottom)
         stages = _with_refinement(named, every, stages, ingredients, prior, sight, bottom)
     if options.pseudo_labels is not None:
         stages = with_given_labels(stages)
@@ -432,6 +432,10 @@ def _sight(
     """Labelled source images, where an estimate needs to see what is taken for what on them."""
     if prior.target is not None or prior.method != "confusion":
         return None
+    return _source_images(domains, size, cache, ignore_bottom)
+
+
+def _source_images(domains: Domains, size: Preset, cache: DecodeCache, ignore_bottom: float) -> SourceImages:
     return SourceImages(SplitReader(domains.source, cache), size.stages[-1].source_size, ignore_bottom)
 
 

@@ -38,9 +38,8 @@ def test_every_recipe_comes_with_a_space_that_fits_it(name):
     options = AdaptOptions(recipe=name)
     found = read_space(shipped(name))
     check_space(found, options)
-    drops = hasattr(getattr(options, name), "dropout") and name != "label_shift"  # one of its classifiers drops
-    rare = ["rare_weight"] if RECIPES[name].published_term[1] != 1 or RECIPES[name].term[1] != 1 else []
-    for wanted in ("rate_scale", *rare, *(["dropout"] if drops else [])):
+    drops = hasattr(getattr(options, name), "dropout")
+    for wanted in ("rate_scale", "rare_weight", *(["dropout"] if drops else [])):
         assert any(parameter.endswith(wanted) for parameter in found.names)
     for point in found.first_points(options):
         with_point(options, point)

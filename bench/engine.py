@@ -34,8 +34,8 @@ from actors.protocols import StepInfo  # noqa: E402
 from actors.student import StageState, Student  # noqa: E402
 from actors.teacher import Teacher  # noqa: E402
 from actors.weight_board import WeightBoard  # noqa: E402
-from pipelines.cluster import HEAD  # noqa: E402
 from pipelines.options import AdaptOptions  # noqa: E402
+from pipelines.placement import HEAD  # noqa: E402
 from pipelines.setup import Setup, resolve  # noqa: E402
 
 

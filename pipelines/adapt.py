@@ -27,9 +27,9 @@ from actors.run_log import RunLog
 from actors.showcase import Shown
 from actors.trainable_teacher import TrainableTeacher
 from actors.weight_board import WeightBoard
-from pipelines import cluster
-from pipelines.cluster import HEAD, Shares, actor_options
+from pipelines import cluster, placement
 from pipelines.options import AdaptOptions, write_config
+from pipelines.placement import HEAD, Shares, actor_options
 from pipelines.pseudo_labels.given import write_given_round
 from pipelines.pseudo_labels.table import Table
 from pipelines.report.gallery import write_gallery
@@ -111,7 +111,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False, manner: 
     url = cluster.start(setup.options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
-    parts = cluster.shares(setup.options, cluster.total_resources(), setup.learners)
+    parts = placement.shares(setup.options, placement.total_resources(), setup.learners)
     write_config(setup.options)
     describe(setup)
     run = Run(setup, parts, watch, seconds, given, manner)

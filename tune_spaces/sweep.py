@@ -27,10 +27,10 @@ from actors.checkpoints import CheckpointStore
 from actors.errors import RunError
 from actors.link import last_line
 from models.label_free import NEED_SOURCE
-from pipelines import cluster
+from pipelines import cluster, placement
 from pipelines.adapt import Manner, adapt
-from pipelines.cluster import DATA_CPUS, HEAD, Shares
 from pipelines.options import AdaptOptions, read_config, write_options
+from pipelines.placement import DATA_CPUS, HEAD, Shares
 from pipelines.results import versions
 from pipelines.setup import resolve
 from tune_spaces.options import CONFIG, ORACLE, SweepOptions
@@ -97,7 +97,7 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
     teachers = options.teachers if setup.labels and options.pseudo_labels is None else 0
-    room = Room.of(options, cluster.total_resources(), teachers, setup.learners)
+    room = Room.of(options, placement.total_resources(), teachers, setup.learners)
     watch("message", {"text": room.sentence})
     if not resume:
         folder.mkdir(parents=True)
@@ -153,7 +153,7 @@ class Room:
         Raises:
             RunError: not one trial fits, or the user wants more at a time than fit.
         """
-        parts, teachers = cluster.shares(options, resources, learners), teachers + learners
+        parts, teachers = placement.shares(options, resources, learners), teachers + learners
         # One student runs in the trial's own process; several are Ray Train's, in a placement group of their own.
         own = parts.student if options.students == 1 else {"CPU": 0.01}
         needs = _needs(options, parts, teachers)

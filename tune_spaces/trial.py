@@ -17,10 +17,10 @@ import ray.tune
 from actors.crew import Crew, LastingCrew
 from actors.errors import RunError
 from models.label_free import SCORES
-from pipelines import cluster
+from pipelines import placement
 from pipelines.adapt import Interrupt, Manner, Run
-from pipelines.cluster import HEAD
 from pipelines.options import write_config
+from pipelines.placement import HEAD
 from pipelines.setup import Setup, resolve
 from pipelines.trained import describe
 from tune_spaces.options import ORACLE, SweepOptions, read_sweep_options
@@ -107,7 +107,7 @@ class TrialRun:
         done = Path(setup.plan.folder) / "results.json"
         if done.is_file():  # the sweep ended before it heard of it
             return self._last(json.loads(done.read_text(encoding="utf-8")))
-        parts = cluster.shares(setup.options, cluster.total_resources(), setup.learners)
+        parts = placement.shares(setup.options, placement.total_resources(), setup.learners)
         write_config(setup.options)
         describe(setup)
         manner = Manner(

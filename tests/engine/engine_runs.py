@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from pipelines import adapt as adapt_module
-from pipelines import cluster
+from pipelines import placement
 from pipelines.adapt import Interrupt, Run
 from pipelines.options import AdaptOptions, write_config
 from pipelines.setup import resolve
@@ -34,7 +34,7 @@ class StartedRun:
         self.messages = []
 
     def go(self, at_step=None, do=None):
-        shares = cluster.shares(self.setup.options, cluster.total_resources())
+        shares = placement.shares(self.setup.options, placement.total_resources())
         done = []
 
         def watch(kind, what):

@@ -11,7 +11,7 @@ from actors.errors import RunError, UnreadableImage
 from actors.student import Student
 from pipelines import adapt as adapt_module
 from pipelines.adapt import Interrupt, Manner, Run, RunningSums, _readable, stop_on_interrupt
-from pipelines.cluster import Shares
+from pipelines.placement import Shares
 from tests.actors.fakes import FakeLink, label_plan, run_plan, stage
 
 

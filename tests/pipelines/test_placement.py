@@ -1,8 +1,8 @@
 import pytest
 
 from actors.errors import RunError
-from pipelines.cluster import actor_options, shares
 from pipelines.options import AdaptOptions
+from pipelines.placement import actor_options, shares
 
 
 def test_one_student_and_one_teacher_fit_on_two_cores():

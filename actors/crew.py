@@ -33,7 +33,9 @@ class Crew:
 
     def evaluator(self, options: dict[str, Any], *arguments: Any) -> Any:
         """The evaluator of a run; see :meth:`teachers`."""
-        return ray.remote(Evaluator).options(max_restarts=-1, **options).remote(*arguments)
+        # What it is asked for can be asked again, wherever it starts again: the scores at the end are worth a wait.
+        kind = ray.remote(Evaluator).options(max_restarts=-1, max_task_retries=-1, **options)
+        return kind.remote(*arguments)
 
     def dismiss(self, actors: Sequence[Any]) -> None:
         """The run needs them no more."""

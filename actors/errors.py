@@ -20,3 +20,10 @@ class UnreadableImage(ValueError):  # noqa: N818 - named for what it is: a fact 
 
     def __str__(self) -> str:
         return f"cannot read {self.path}: {self.cause}"
+
+
+def last_line(error: BaseException) -> str:
+    """The sentence of an error: a RunError's own, else the last line of what Ray wrapped round it."""
+    cause = getattr(error, "cause", None)
+    lines = str(cause if isinstance(cause, RunError) else error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

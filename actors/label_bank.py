@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import ray
 from actors.label_rounds import Header, read_round, write_round
 from actors.prior_estimate import Adjustment, PriorEstimate
 from actors.protocols import LabelPlan
-from actors.staleness import StalenessPolicy
+from actors.staleness import StalenessPolicy, age_statistics
 
 COLLAPSE_SHARE = 0.5
 """Labels of a chunk look collapsed when they offer less than this share of the pixels, or of the effective number of
@@ -29,7 +30,8 @@ REFUSALS_TO_BLOCK = 3
 """Chunks whose labels look collapsed before the weights are held to have collapsed. One odd chunk is not a collapse."""
 ERRORS_TO_FAIL = 5
 """Calls in a row that may fail with an error of the teacher's code (not its death) before the run ends."""
-
+ASK_AGAIN_SECONDS = 1.0
+"""How often a dead teacher is asked whether it is back."""
 
 ROUNDS_KEPT = 2
 """Finished rounds whose files stay."""
@@ -72,6 +74,20 @@ class Counters:
     collapses_believed: int = 0
     teacher_seconds: float = 0.0
     skipped: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Attendance:
+    """Seconds for which teachers were there to be called, summed over them."""
+
+    since: float = 0.0
+    seconds: float = 0.0
+
+    def until(self, now: float, present: int) -> float:
+        """Count the time since the last call, in which so many were there; the sum so far."""
+        self.seconds += present * (now - self.since)
+        self.since = now
+        return self.seconds
 
 
 def effective_classes(class_pixels: np.ndarray) -> float:
@@ -248,6 +264,20 @@ class LabelBook:
         seen = self.histogram.sum(1)
         return [float(a) / float(n) if n else None for a, n in zip(self.accepted_pixels(), seen, strict=True)]
 
+    def ages(self, step: int) -> Counter[int]:
+        """Images by the age of their live label, in steps."""
+        found: Counter[int] = Counter()
+        for chunk, entry in self.entries.items():
+            start, stop = self.ranges[chunk]
+            found[max(0, step - entry.version)] += stop - start
+        return found
+
+    def backlog(self, step: int, age: int | None) -> int:
+        """Images without a label, or with one that is older than so many steps; without an age, the former alone."""
+        images = sum(stop - start for start, stop in self.ranges)
+        ages = self.ages(step)
+        return images - sum(count for old, count in ages.items() if age is None or old <= age)
+
     def delta(self, since: int) -> list[tuple[int, list[Any], int]]:
         """Live blocks that are newer than a sequence number."""
         return [
@@ -320,6 +350,7 @@ class LabelBank:
         calls_in_flight: int = 2,
         folder: str | None = None,
         given: Mapping[int, str] | None = None,
+        label_age: int | None = None,
     ) -> None:
         """Set up an empty bank.
 
@@ -331,10 +362,14 @@ class LabelBank:
             calls_in_flight: to each teacher.
             folder: where finished rounds are written.
             given: files of rounds by stage, for stages whose labels nobody makes.
+            label_age: steps that a label may be old before it counts as backlog; None counts missing labels alone.
         """
-        self.folder, self.given = folder, dict(given or {})
+        self.folder, self.given, self.label_age = folder, dict(given or {}), label_age
         self.plans, self.images = plans, images
         self.teachers: list[Any] = []
+        self.away: set[Any] = set()
+        """Teachers that died and are not back yet."""
+        self.attendance = Attendance()
         self.board = board
         self.rows = rows
         self.calls_in_flight = calls_in_flight
@@ -343,7 +378,8 @@ class LabelBank:
         self.book: LabelBook | None = None
         self.counters = Counters()
         self.student_step = 0
-        self.feeders: list[asyncio.Task[None]] = []
+        self.feeders: dict[Any, list[asyncio.Task[None]]] = {}
+        """Of every teacher, while a stage has labels."""
         self.feeding_since = time.monotonic()
         self.round_file: str | None = None
         self.rounds: list[str] = []
@@ -403,27 +439,29 @@ class LabelBank:
             return {}
         return {"stage": self.stage, "round_file": self.round_file, **self.book.index()}
 
-    async def status(self, teachers: Sequence[Any] = ()) -> dict[str, Any]:
+    async def status(self, teachers: Sequence[Any] | None = None) -> dict[str, Any]:
         """Numbers for the progress line and the report.
 
         Args:
-            teachers: whom the bank may call; the first non-empty word counts.
+            teachers: whom the bank may call from now on; None is no word about it.
         """
-        if teachers and not self.teachers:
-            self.teachers = list(teachers)
-            self.feeding_since = time.monotonic()
-            if self.book is not None:
-                self._start_feeding()
+        if teachers is not None:
+            self._employ(list(teachers))
         if self.book is None:
             return {}
         book, elapsed = self.book, max(1e-9, time.monotonic() - self.feeding_since)
-        slots = max(1, len(self.teachers))
+        attended = self.attendance.until(time.monotonic(), len(self.teachers) - len(self.away))
+        ages, once = age_statistics(book.ages(self.student_step)), book.policy.refresh == "once"
         return {
             "stage": self.stage,
             "labels_made": book.counters.images,
             "coverage": len(book.entries) / len(book.ranges),
             "images_per_s": book.counters.images / elapsed,
-            "idle_share": max(0.0, 1.0 - book.counters.teacher_seconds / (elapsed * slots)),
+            "idle_share": max(0.0, 1.0 - book.counters.teacher_seconds / max(1e-9, attended)),
+            "teachers": len(self.teachers) - len(self.away),
+            "refresh": book.policy.refresh,
+            "backlog": book.backlog(self.student_step, None if once else self.label_age),
+            **{f"live_age_steps_{name}": value for name, value in ages.items()},
             "teacher_failures": book.counters.failures,
             "blocks_lost": book.counters.lost_blocks,
             "blocks_collapsed": book.counters.collapsed_blocks,
@@ -483,7 +521,7 @@ class LabelBank:
 
     def _open(self, stage: int, stage_version: int) -> None:
         if not self.counters.blocks:
-            self.feeding_since = time.monotonic()
+            self._begin_counting()
         self._close()
         self.stage, self.stage_version = stage, stage_version
         self.book = LabelBook(self.images, self.rows[stage], self.plans[stage], self.counters)
@@ -492,14 +530,36 @@ class LabelBank:
             self.book.prior.recall(np.array(prior), None if seen is None else np.array(seen))
 
     def _close(self) -> None:
-        for feeder in self.feeders:
-            feeder.cancel()
-        self.feeders, self.stage, self.book, self.round_file = [], -1, None, None
+        for teacher in list(self.feeders):
+            self._stop_feeding(teacher)
+        self.stage, self.book, self.round_file = -1, None, None
+
+    def _employ(self, teachers: list[Any]) -> None:
+        """Call these teachers from now on, and no others."""
+        if not self.teachers and teachers:
+            self._begin_counting()
+        self.attendance.until(time.monotonic(), len(self.teachers) - len(self.away))
+        for teacher in self.teachers:
+            if teacher not in teachers:
+                self._stop_feeding(teacher)
+                self.away.discard(teacher)
+        self.teachers = teachers
+        if self.book is not None:
+            self._start_feeding()
+
+    def _begin_counting(self) -> None:
+        self.feeding_since = time.monotonic()
+        self.attendance = Attendance(self.feeding_since)
 
     def _start_feeding(self) -> None:
-        self.feeders = [
-            asyncio.create_task(self._feed(teacher)) for teacher in self.teachers for _ in range(self.calls_in_flight)
-        ]
+        for teacher in self.teachers:
+            if teacher not in self.feeders:
+                calls = range(self.calls_in_flight)
+                self.feeders[teacher] = [asyncio.create_task(self._feed(teacher)) for _ in calls]
+
+    def _stop_feeding(self, teacher: Any) -> None:
+        for feeder in self.feeders.pop(teacher, ()):
+            feeder.cancel()
 
     async def _feed(self, teacher: Any) -> None:
         """Keep one call to one teacher under way for as long as the stage lasts."""
@@ -540,6 +600,27 @@ class LabelBank:
                 if errors >= ERRORS_TO_FAIL * (1 if isinstance(error, ray.exceptions.RayTaskError) else 20):
                     self.fatal = f"a teacher cannot label: {str(error).strip().splitlines()[-1]}"
                 await asyncio.sleep(0.2)
+                if isinstance(error, ray.exceptions.RayActorError):
+                    await self._until_back(teacher)
+
+    async def _until_back(self, teacher: Any) -> None:
+        """Wait until a teacher that died answers again: it may have to wait for another node."""
+        while True:
+            try:
+                await teacher.pid.remote()
+            except ray.exceptions.RayActorError:
+                self._count_away(teacher, away=True)
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
+            else:
+                self._count_away(teacher, away=False)
+                return
+
+    def _count_away(self, teacher: Any, *, away: bool) -> None:
+        self.attendance.until(time.monotonic(), len(self.teachers) - len(self.away))
+        if away and teacher in self.teachers:
+            self.away.add(teacher)
+        else:
+            self.away.discard(teacher)
 
     async def _keep_round(self, book: LabelBook) -> None:
         """Write a completed round once; a task does it, so the pixels stay out of this process."""

@@ -213,15 +213,3 @@ class LabelView:
         if delta.thresholds is not None:
             self.thresholds = delta.thresholds
         self.round_complete = self.round_complete or delta.round_complete
-
-
-def age_statistics(ages: Counter[int]) -> dict[str, int | None]:
-    """p50, p95 and maximum of label ages in steps; None each where no label was read."""
-    if not ages:
-        return {"p50": None, "p95": None, "max": None}
-    values = np.array(sorted(ages))
-    cumulative = np.cumsum([ages[int(v)] for v in values])
-    pick = {
-        name: int(values[np.searchsorted(cumulative, q * cumulative[-1])]) for name, q in (("p50", 0.5), ("p95", 0.95))
-    }
-    return {**pick, "max": int(values[-1])}

@@ -13,7 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from actors.errors import RunError
+from actors.errors import RunError, last_line
 from actors.label_view import LabelView, Transport
 from actors.labeller import own_device, prepare_torch
 from actors.protocols import Reward, RunPlan
@@ -143,13 +143,6 @@ def _student(plan: RunPlan, link: ClusterLink, rank: int, world: int, device: to
     """A student that has told the run that it is there."""
     link.write("student", 0, {"rank": rank, "students": world, "pid": os.getpid(), "device": str(device)})
     return Student(plan, link, rank, world, device)
-
-
-def last_line(error: BaseException) -> str:
-    """The sentence of an error: a RunError's own, else the last line of what Ray wrapped round it."""
-    cause = getattr(error, "cause", None)
-    lines = str(cause if isinstance(cause, RunError) else error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
 
 
 def train_alone(plan: RunPlan, handles: Handles, threads: int, name: str) -> dict[str, Any]:

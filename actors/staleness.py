@@ -7,9 +7,12 @@ asynchronous run differ in this one field.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,15 @@ class StalenessPolicy:
         if self.half_life_steps is None:
             return 1.0
         return float(0.5 ** (max(0, age_steps) / self.half_life_steps))
+
+
+def age_statistics(ages: Counter[int]) -> dict[str, int | None]:
+    """p50, p95 and maximum of label ages in steps; None each where no label was read."""
+    if not ages:
+        return {"p50": None, "p95": None, "max": None}
+    values = np.array(sorted(ages))
+    cumulative = np.cumsum([ages[int(v)] for v in values])
+    pick = {
+        name: int(values[np.searchsorted(cumulative, q * cumulative[-1])]) for name, q in (("p50", 0.5), ("p95", 0.95))
+    }
+    return {**pick, "max": int(values[-1])}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from actors.checkpoints import CheckpointStore, keep_stage, snapshot
 from actors.errors import RunError
-from actors.label_view import LabelView, age_statistics
+from actors.label_view import LabelView
 from actors.protocols import (
     Batch,
     Objective,
@@ -35,6 +35,7 @@ from actors.protocols import (
 )
 from actors.publisher import Publisher, TeachingNetwork
 from actors.reward_board import Standing
+from actors.staleness import age_statistics
 from models.networks.statistics import norm_statistics
 from models.schedule import set_rate
 

@@ -54,11 +54,11 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from actors.label_bank import LabelBank  # noqa: E402
 from actors.label_rounds import Header  # noqa: E402
-from actors.label_view import LabelView, Transport, age_statistics  # noqa: E402
+from actors.label_view import LabelView, Transport  # noqa: E402
 from actors.prior_estimate import Adjustment  # noqa
 from actors.protocols import LabelPlan, RuleShape  # noqa: E402
 from actors.records import RecordLayout, encode  # noqa: E402
-from actors.staleness import StalenessPolicy  # noqa: E402
+from actors.staleness import StalenessPolicy, age_statistics  # noqa: E402
 from actors.weight_board import WeightBoard  # noqa: E402
 
 HEAD = {"node:__internal_head__": 0.001}

@@ -19,17 +19,18 @@ from safetensors.torch import load_file
 
 from actors.checkpoints import CheckpointStore, kept_stages
 from actors.crew import Crew
-from actors.errors import RunError, UnreadableImage
+from actors.errors import RunError, UnreadableImage, last_line
 from actors.label_bank import LabelBank
-from actors.link import Handles, last_line, train_alone, train_here, train_loop
+from actors.link import Handles, train_alone, train_here, train_loop
 from actors.reward_board import RewardBoard
 from actors.run_log import RunLog
 from actors.showcase import Shown
+from actors.team import SECONDS_TO_MENTION, Demand, Team
 from actors.trainable_teacher import TrainableTeacher
 from actors.weight_board import WeightBoard
 from pipelines import cluster, placement
 from pipelines.options import AdaptOptions, write_config
-from pipelines.placement import HEAD, Shares, actor_options
+from pipelines.placement import HEAD, Shares, actor_options, in_words
 from pipelines.pseudo_labels.given import write_given_round
 from pipelines.pseudo_labels.table import Table
 from pipelines.report.gallery import write_gallery
@@ -111,7 +112,7 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False, manner: 
     url = cluster.start(setup.options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
-    parts = placement.shares(setup.options, placement.total_resources(), setup.learners)
+    parts = placement.shares(setup.options, placement.capacity(), setup.learners)
     write_config(setup.options)
     describe(setup)
     run = Run(setup, parts, watch, seconds, given, manner)
@@ -188,6 +189,7 @@ class Run:
         self.failing = False
         self.step = self.scored = 0
         self.scoring: Any = None
+        self.waits_for_student, self.waits_since = True, time.monotonic()
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""
         run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD)
@@ -205,7 +207,7 @@ class Run:
         # warning for every reference among the arguments.
         images = len(setup.domains.target)
         self.reader = setup.target_reader if images < 500 else ray.put(setup.target_reader)
-        self.teachers: list[Any] = []
+        self.team: Team | None = None
         self.bank: Any = None
         self.evaluator: Any = None
 
@@ -273,6 +275,7 @@ class Run:
                 self.labelling,
                 folder=f"{setup.plan.folder}/labels",
                 given=given,
+                label_age=setup.label_age,
             )
 
     def _given_round(self, table: Table, stage: int) -> str:
@@ -285,6 +288,24 @@ class Run:
             self.run_log.say.remote(text, 0)
         return made.path
 
+    @property
+    def teachers(self) -> list[Any]:
+        """Those that label, or will when they have a place."""
+        return [] if self.team is None else self.team.hired
+
+    def _hire(self, count: int) -> list[Any]:
+        setup, plan = self.setup, self.setup.plan
+        return self.crew.teachers(
+            count,
+            actor_options(self.shares.teacher),
+            plan.networks,
+            self.reader,
+            setup.labels,
+            plan.seed,
+            self.labelling,
+            setup.options.threads,
+        )
+
     def _start_helpers(self) -> None:
         """Start teachers and evaluator, once the students run.
 
@@ -295,16 +316,10 @@ class Run:
             return
         setup, plan = self.setup, self.setup.plan
         if self.bank is not None and self.given is None:
-            self.teachers = self.crew.teachers(
-                setup.options.teachers,
-                actor_options(self.shares.teacher),
-                plan.networks,
-                self.reader,
-                setup.labels,
-                plan.seed,
-                self.labelling,
-                setup.options.threads,
-            )
+            options = setup.options
+            demand = Demand(options.teachers, options.most_teachers, setup.label_age or 1)
+            needs = in_words(self.shares.teacher)
+            self.team = Team(self._hire, self.crew.dismiss, demand, needs, time.monotonic())
         if self.rewards is not None and self.bank is not None:
             kind = ray.remote(TrainableTeacher).options(
                 max_restarts=-1, max_task_retries=-1, max_concurrency=2, **actor_options(self.shares.teacher)
@@ -342,12 +357,14 @@ class Run:
         return train_here(self.setup.plan, handles, self.setup.options.threads)
 
     def _train_with_ray_train(self, handles: Handles) -> dict[str, Any]:
-        setup = self.setup
+        setup, options = self.setup, self.setup.options
+        elastic = options.min_students is not None and options.min_students < options.students
+        students = (options.min_students, options.students) if elastic else options.students
         trainer = TorchTrainer(
             train_loop,
             train_loop_config={"plan": setup.plan, "handles": handles, "threads": setup.options.threads},
             scaling_config=ray.train.ScalingConfig(
-                num_workers=setup.options.students,
+                num_workers=students,
                 use_gpu=self.shares.on_gpu,
                 resources_per_worker=self.shares.student,
             ),
@@ -391,7 +408,11 @@ class Run:
             seen = ray.get(self.run_log.watch.remote(self.seen_messages), timeout=5)
             if self.bank is not None:
                 # A bank that was restarted hears here again whom it may call.
-                status = ray.get(self.bank.status.remote(self.teachers), timeout=5)
+                present = None if self.team is None else list(self.team.present)
+                status = ray.get(self.bank.status.remote(present), timeout=5)
+                if self.team is not None:
+                    for text in self.team.look(time.monotonic(), status):
+                        self.run_log.say.remote(text, self.step)
                 if status:
                     status = self.sums.carry(status)
                     self._tell_failures(status)
@@ -405,6 +426,16 @@ class Run:
         if "train" in seen["newest"] or (self.labels_first and "student" in seen["newest"]):
             self._start_helpers()
             self._score_now_and_then()
+        if self.waits_for_student and time.monotonic() - self.waits_since > SECONDS_TO_MENTION:
+            if not seen["newest"]:
+                self.watch(
+                    "message",
+                    {
+                        "text": f"no student has a place yet (each needs {in_words(self.shares.student)}"
+                        "); the run begins when the cluster has one"
+                    },
+                )
+            self.waits_for_student = False
         failure = seen["failure"] or self.teacher_status.get("fatal") or self._learner_failure()
         if failure:
             raise RunError(failure)
@@ -491,8 +522,9 @@ class Run:
         self._retire_learner()
         if self.bank is not None:
             ray.kill(self.bank)
-        self.crew.dismiss(self.teachers)
-        self.bank, self.teachers = None, []
+        if self.team is not None:
+            self.team.end()
+        self.bank = self.team = None
 
     def _train_references(self, interrupt: Interrupt) -> dict[str, Any] | None:
         """Source-only and oracle, side by side; None when the user stopped them."""
@@ -566,7 +598,10 @@ class Run:
         for actor in dict.fromkeys(own):
             if actor is not None:
                 ray.kill(actor)
-        self.crew.dismiss([*self.teachers, *([] if self.evaluator is None else [self.evaluator])])
+        if self.team is not None:
+            self.team.end()
+        if self.evaluator is not None:
+            self.crew.dismiss([self.evaluator])
 
 
 def _as_numpy(state: dict[str, Any]) -> dict[str, Any]:

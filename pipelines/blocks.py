@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.errors import RunError, UnreadableImage
 from pipelines.datasets.dataset import LabelEncoding, read_image, read_label
@@ -134,8 +135,14 @@ class ReadPlan:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        context.scheduling_strategy = on_this_node()
         source = BlockSource(blocks, self.size, self.encoding, self.cache)
         return ray.data.read_datasource(source, num_cpus=self.cpus, override_num_blocks=len(blocks), concurrency=2)
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where this process is: what a student reads must not be lost with the node of a teacher."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 class SegmentReader:

@@ -212,8 +212,17 @@ class AdaptOptions(DataOptions):
     auto: continuous, or once with --faithful."""
     students: int = 1
     """Student processes; they share every batch."""
+    min_students: int | None = None
+    """Go on with as few students as these when their nodes are lost, and with up to --students again when there is room
+    (elastic training). The batch stays as large. Default: wait for a place for all of them."""
     teachers: int = 1
     """Teacher processes."""
+    max_teachers: int | None = None
+    """Ask for more teachers, up to these, while labels are missing or older than --label-age, and send them home again
+    when fewer suffice: on a cluster with an autoscaler, nodes follow. Default: always --teachers."""
+    label_age: int | None = None
+    """Steps that a label may be old before more teachers are asked for (19 of 20 labels; see --max-teachers).
+    Default: the steps of one pass over the target images, so that a label is new at every visit."""
     threads: int = 1
     """CPU threads of each student and teacher."""
     references: Literal["auto", "always", "never"] = "auto"
@@ -248,6 +257,7 @@ class AdaptOptions(DataOptions):
         for name in ("students", "teachers", "threads"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name} is {getattr(self, name)}; a run needs at least one")
+        self._check_elastic()
         if self.batch is not None and self.batch < 1:
             raise RunError(f"--batch is {self.batch}; a batch needs at least one image")
         if not 0.1 <= self.scale <= 20:
@@ -284,6 +294,27 @@ class AdaptOptions(DataOptions):
             chosen.check_refresh(self.resolved_refresh)
         if self.seed < 0:
             raise RunError(f"--seed is {self.seed}; give a number that is not negative")
+
+    def _check_elastic(self) -> None:
+        """Numbers of processes that may change in a run."""
+        if self.min_students is not None and not 1 <= self.min_students <= self.students:
+            raise RunError(
+                f"--min-students is {self.min_students} and --students {self.students}; give at least 1 and at most "
+                "--students"
+            )
+        if self.max_teachers is not None and self.max_teachers < self.teachers:
+            raise RunError(
+                f"--max-teachers is {self.max_teachers}, fewer than --teachers {self.teachers}; give at least as many"
+            )
+        if self.label_age is not None and self.max_teachers is None:
+            raise RunError("--label-age decides when more teachers are asked for; give --max-teachers, too")
+        if self.label_age is not None and self.label_age < 1:
+            raise RunError(f"--label-age is {self.label_age}; give a number of steps of at least 1")
+
+    @property
+    def most_teachers(self) -> int:
+        """Teacher processes that there may be at a time."""
+        return self.teachers if self.max_teachers is None else self.max_teachers
 
     @property
     def OPEN(self) -> dict[str, tuple[Any, Any]]:  # noqa: N802

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,49 @@ TEACHER_CPUS = 0.5
 EVALUATOR_CPUS = 0.1
 HEAD = {"node:__internal_head__": 0.001}
 """Pins the boards to the head node: an actor without CPUs may land anywhere, and labels die with their owner's node."""
+STUDENT_NODE, TEACHER_NODE = "student_node", "teacher_node"
+"""Custom resources of nodes that are there for students, and for teachers: ``resources`` in cluster.yaml."""
+PLACE = 0.001
+"""What a process asks of its kind of node, so that as many stand on one as its CPUs and GPUs hold."""
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has, or can grow to.
+
+    Attributes:
+        total: of all nodes.
+        students, teachers: of the nodes that are there for them; None where there are none of the kind, and they may
+            be anywhere.
+    """
+
+    total: Resources
+    students: Resources | None = None
+    teachers: Resources | None = None
+
+    @staticmethod
+    def of(nodes: Iterable[tuple[Resources, float]]) -> Capacity:
+        """Of nodes: what one has, and how many of its kind there are."""
+        nodes = list(nodes)
+
+        def summed(kind: str | None) -> dict[str, float] | None:
+            found = [(node, count) for node, count in nodes if kind is None or node.get(kind, 0.0) > 0]
+            names = {name for node, _ in found for name in node}
+            return {name: sum(node[name] * count for node, count in found if name in node) for name in names} or None
+
+        return Capacity(summed(None) or {}, summed(STUDENT_NODE), summed(TEACHER_NODE))
+
+    def or_more(self, other: Capacity) -> Capacity:
+        """The larger of two, resource by resource."""
+        pairs = ((self.students, other.students), (self.teachers, other.teachers))
+        return Capacity(_larger(self.total, other.total) or {}, *(_larger(*pair) for pair in pairs))
+
+
+def _larger(one: Resources | None, other: Resources | None) -> Resources | None:
+    names = {*(one or {}), *(other or {})}
+    return {name: max((one or {}).get(name, 0.0), (other or {}).get(name, 0.0)) for name in names} or None
 
 
 @dataclass(frozen=True)
@@ -32,54 +76,100 @@ class Shares:
         return self.student.get("GPU", 0.0) > 0
 
 
-def shares(options: AdaptOptions, resources: dict[str, float], learners: int = 0) -> Shares:
-    """Divide a cluster's resources.
+def shares(options: AdaptOptions, capacity: Capacity, learners: int = 0) -> Shares:
+    """Divide a cluster.
+
+    Where nodes are there for students or for teachers (see :class:`Capacity`), each goes to its own kind and the
+    evaluator to the teachers'; GPUs are then divided kind by kind. Elsewhere everybody shares everything: with one GPU,
+    student and teachers run on it side by side.
 
     Args:
-        options: how many students and teachers there shall be.
-        resources: what the cluster has in all, or can grow to.
+        options: how many students and teachers there shall be, at most.
+        capacity: of the cluster.
         learners: teachers that learn, beside those that label.
 
     Raises:
         RunError: they can never fit, whatever else ends.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    teachers = options.teachers + learners
-    needed = options.students * options.threads + teachers * TEACHER_CPUS + DATA_CPUS + EVALUATOR_CPUS
-    if needed > cpus:
-        raise RunError(
-            f"{options.students} students with {options.threads} threads and {teachers} teachers need "
-            f"{needed:g} CPUs, and this cluster has {cpus:g} and will never have more. "
-            "Use fewer --students, --teachers or --threads, or a larger cluster (--address)."
-        )
-    teacher, evaluator = {"CPU": TEACHER_CPUS}, {"CPU": EVALUATOR_CPUS}
+    students, teachers = options.students, options.most_teachers + learners
     student: dict[str, float] = {"CPU": float(options.threads)}
-    if gpus >= 1:
-        on_one = -(-(options.students + teachers) // int(gpus))
-        part = 1.0 if on_one == 1 else math.floor(900 / on_one) / 1000
-        if on_one > 8:
-            raise RunError(
-                f"{options.students} students and {teachers} teachers would be {on_one} to a GPU on "
-                f"{int(gpus)} GPUs; use fewer of them, or a larger cluster (--address)"
-            )
-        student["GPU"], teacher["GPU"] = part, part
-        if on_one > 1 or gpus > options.students + teachers:
-            evaluator["GPU"] = 0.1
+    teacher, evaluator = {"CPU": TEACHER_CPUS}, {"CPU": EVALUATOR_CPUS}
+    own_cpus, helpers_cpus = students * options.threads, teachers * TEACHER_CPUS + EVALUATOR_CPUS
+    who, helpers = f"{students} students with {options.threads} threads", f"{teachers} teachers"
+    _check_cpus(f"{who} and {helpers}", own_cpus + helpers_cpus + DATA_CPUS, capacity.total)
+    if capacity.students is None and capacity.teachers is None:
+        gpus = capacity.total.get("GPU", 0.0)
+        part = _part(f"{students} students and {helpers}", students + teachers, gpus)
+        if part:
+            student["GPU"], teacher["GPU"] = part, part
+            if part < 1 or gpus > students + teachers:
+                evaluator["GPU"] = 0.1
+        return Shares(student, teacher, evaluator)
+    if capacity.students is not None:
+        _check_cpus(who, own_cpus + DATA_CPUS, capacity.students, STUDENT_NODE)
+        student[STUDENT_NODE] = PLACE
+    if capacity.teachers is not None:
+        _check_cpus(helpers, helpers_cpus, capacity.teachers, TEACHER_NODE)
+        teacher[TEACHER_NODE] = evaluator[TEACHER_NODE] = PLACE
+    part = _part(f"{students} students", students, (capacity.students or capacity.total).get("GPU", 0.0))
+    if part:
+        student["GPU"] = part
+    part = _part(helpers, teachers, (capacity.teachers or capacity.total).get("GPU", 0.0))
+    if part:
+        teacher["GPU"], evaluator["GPU"] = min(part, 0.9), 0.1
     return Shares(student, teacher, evaluator)
 
 
-def total_resources() -> dict[str, float]:
-    """What the cluster has, or what its autoscaler may grow it to."""
-    now = dict(ray.cluster_resources())
+def _check_cpus(who: str, needed: float, has: Resources, kind: str | None = None) -> None:
+    cpus = has.get("CPU", 0.0)
+    if needed > cpus:
+        where = "this cluster has" if kind is None else f"the nodes with {kind} have"
+        raise RunError(
+            f"{who} need {needed:g} CPUs, and {where} {cpus:g} and will never have more. "
+            "Use fewer --students, --teachers or --threads, or a larger cluster (--address)."
+        )
+
+
+def _part(who: str, count: int, gpus: float) -> float:
+    """Share of a GPU that each gets, and that leaves a tenth of it to the evaluator; 0 without GPUs."""
+    if gpus < 1 or not count:
+        return 0.0
+    on_one = math.ceil(count / math.floor(gpus)) if gpus < count else 1
+    if on_one > 8:
+        raise RunError(
+            f"{who} would be {on_one} to a GPU on {int(gpus)} GPUs; use fewer of them, or a larger cluster (--address)"
+        )
+    return 1.0 if on_one == 1 else math.floor(900 / on_one) / 1000
+
+
+def capacity() -> Capacity:
+    """What the cluster that this process belongs to has, or what its autoscaler may grow it to."""
+    return Capacity.of((node["Resources"], 1) for node in ray.nodes() if node["Alive"]).or_more(_growth())
+
+
+def _growth() -> Capacity:
+    """As many nodes of every type as the autoscaler may start; nothing where there is none."""
     try:
         from ray._private.state import state
 
-        most: Any = state.get_max_resources_from_cluster_config()
+        config: Any = state.get_cluster_config()
     except (ImportError, AttributeError, RuntimeError):
-        most = None
-    return now if not most else {name: max(now.get(name, 0.0), most.get(name, 0.0)) for name in {*now, *most}}
+        config = None
+    groups = [] if config is None else config.node_group_configs
+    without_end = -1
+    return Capacity.of(
+        (dict(group.resources), math.inf if group.max_count == without_end else group.max_count) for group in groups
+    )
 
 
-def actor_options(share: dict[str, float]) -> dict[str, Any]:
+def actor_options(share: Resources) -> dict[str, Any]:
     """Ray actor options from a share."""
-    return {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0.0)}
+    custom = {name: amount for name, amount in share.items() if name not in ("CPU", "GPU")}
+    found = {"num_cpus": share["CPU"], "num_gpus": share.get("GPU", 0.0)}
+    return {**found, "resources": custom} if custom else found
+
+
+def in_words(share: Resources) -> str:
+    """What a share asks for, for a user."""
+    counted = [f"{share[name]:g} {name}" for name in ("CPU", "GPU") if share.get(name)]
+    return " and ".join([*counted, *(f"a node with {name}" for name in share if name not in ("CPU", "GPU"))])

@@ -122,8 +122,16 @@ class Setup:
 
     def label_rows(self) -> dict[int, int]:
         """Images in a label block, by stage: several blocks a teacher, or they label in lock-step."""
-        images, teachers = len(self.domains.target), self.options.teachers
+        images, teachers = len(self.domains.target), self.options.most_teachers
         return {i: plan.rule.layout.rows_per_block(images, 4 * teachers) for i, plan in self.labels.items()}
+
+    @property
+    def label_age(self) -> int | None:
+        """Steps that labels may be old before more teachers are asked for; None where nothing is labelled."""
+        if not self.labels:
+            return None
+        batch = self.plan.stages[min(self.labels)].batch
+        return self.options.label_age or -(-len(self.domains.target) // batch)
 
     def make_scorer(self) -> Callable[[torch.device], Scorer]:
         """Builds the scorer of the validation split; picklable.
@@ -495,11 +503,14 @@ def _check_batches(options: AdaptOptions, network: Callable[[], nn.Module], stag
     Raises:
         RunError: says which.
     """
+    fewest = options.students if options.min_students is None else options.min_students
     for stage in stages:
-        if stage.batch % options.students:
+        odd = next((count for count in range(options.students, fewest - 1, -1) if stage.batch % count), None)
+        if odd is not None:
+            elastic = "" if fewest == options.students else f" and whose every number from --min-students {fewest} on"
             raise RunError(
-                f"stage {stage.name} has batches of {stage.batch}, which {options.students} students cannot share "
-                f"evenly; use a number of --students that divides {stage.batch}"
+                f"stage {stage.name} has batches of {stage.batch}, which {odd} students cannot share "
+                f"evenly; use a number of --students that divides {stage.batch}{elastic}"
             )
         network = stage.network or network
         needed = network.config.smallest_batch if isinstance(network, Build) else 1

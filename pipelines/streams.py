@@ -23,7 +23,7 @@ import ray
 import torch
 
 from actors.protocols import RawBatch, View
-from pipelines.blocks import SPARES, ReadPlan, SampleFile, SegmentReader, decode_image
+from pipelines.blocks import SPARES, ReadPlan, SampleFile, SegmentReader, decode_image, on_this_node
 from pipelines.datasets.dataset import DataError, Split
 from pipelines.decode_cache import DecodeCache
 
@@ -269,7 +269,7 @@ class _Segments(Iterator[RawBatch]):
         self.current = 0
         self.delivered = 0
         self.open: dict[int, _Segment] = {}
-        reader = ray.remote(SegmentReader).options(num_cpus=0, max_concurrency=2)
+        reader = ray.remote(SegmentReader).options(num_cpus=0, max_concurrency=2, scheduling_strategy=on_this_node())
         self.reader = reader.remote() if segments else None
         self._open(0)
 

@@ -59,6 +59,12 @@ class SweepOptions(AdaptOptions):
         object.__setattr__(self, "only", tuple(self.only))  # TOML has lists
         if self.references == "always":
             raise RunError("--references always: the trials of a sweep train no reference runs; leave it out")
+        for name, fixed in (("max_teachers", "teachers"), ("min_students", "students")):
+            if getattr(self, name) is not None:
+                raise RunError(
+                    f"--{name.replace('_', '-')}: what a trial needs is counted before it begins; leave it out, "
+                    f"and give --{fixed}"
+                )
         if self.metric not in METRICS:
             raise RunError(f"--metric is {self.metric!r}; choose one of {', '.join(METRICS)}")
         for name in ("num_samples", "max_concurrent", "looks"):

@@ -24,13 +24,12 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.tune_config import ResumeConfig
 
 from actors.checkpoints import CheckpointStore
-from actors.errors import RunError
-from actors.link import last_line
+from actors.errors import RunError, last_line
 from models.label_free import NEED_SOURCE
 from pipelines import cluster, placement
 from pipelines.adapt import Manner, adapt
 from pipelines.options import AdaptOptions, read_config, write_options
-from pipelines.placement import DATA_CPUS, HEAD, Shares
+from pipelines.placement import DATA_CPUS, HEAD, Capacity, Shares
 from pipelines.results import versions
 from pipelines.setup import resolve
 from tune_spaces.options import CONFIG, ORACLE, SweepOptions
@@ -97,7 +96,7 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
     teachers = options.teachers if setup.labels and options.pseudo_labels is None else 0
-    room = Room.of(options, placement.total_resources(), teachers, setup.learners)
+    room = Room.of(options, placement.capacity(), teachers, setup.learners)
     watch("message", {"text": room.sentence})
     if not resume:
         folder.mkdir(parents=True)
@@ -141,25 +140,25 @@ class Room:
     sentence: str
 
     @staticmethod
-    def of(options: SweepOptions, resources: dict[str, float], teachers: int, learners: int = 0) -> Room:
+    def of(options: SweepOptions, capacity: Capacity, teachers: int, learners: int = 0) -> Room:
         """Count.
 
         Args:
             options: of the sweep.
-            resources: of the cluster.
+            capacity: of the cluster.
             teachers: of a trial; 0 where it makes no labels.
             learners: teachers of a trial that learn.
 
         Raises:
             RunError: not one trial fits, or the user wants more at a time than fit.
         """
-        parts, teachers = placement.shares(options, resources, learners), teachers + learners
+        parts, teachers = placement.shares(options, capacity, learners), teachers + learners
         # One student runs in the trial's own process; several are Ray Train's, in a placement group of their own.
         own = parts.student if options.students == 1 else {"CPU": 0.01}
         needs = _needs(options, parts, teachers)
-        fit = min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items() if amount)
+        fit = min(int(capacity.total.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items() if amount)
         words = " and ".join(f"{amount:g} {name}s" for name, amount in needs.items() if amount)
-        has = " and ".join(f"{resources.get(name, 0.0):g}" for name, amount in needs.items() if amount)
+        has = " and ".join(f"{capacity.total.get(name, 0.0):g}" for name, amount in needs.items() if amount)
         why = (
             f"each needs {words} ({_many(options.students, 'student')} × {parts.student['CPU']:g}, "
             f"{_many(teachers, 'teacher')} × {parts.teacher['CPU']:g}, evaluator {parts.evaluator['CPU']:g}, "

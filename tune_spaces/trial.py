@@ -107,7 +107,7 @@ class TrialRun:
         done = Path(setup.plan.folder) / "results.json"
         if done.is_file():  # the sweep ended before it heard of it
             return self._last(json.loads(done.read_text(encoding="utf-8")))
-        parts = placement.shares(setup.options, placement.total_resources(), setup.learners)
+        parts = placement.shares(setup.options, placement.capacity(), setup.learners)
         write_config(setup.options)
         describe(setup)
         manner = Manner(

@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from actors import label_bank
 from actors.label_bank import ERRORS_TO_FAIL, REFUSALS_TO_BLOCK, LabelBank, LabelBook, effective_classes
 from actors.prior_estimate import CELLS, Evidence, PriorEstimate, PriorPlan, estimated
 from actors.weight_board import WeightBoard
@@ -431,6 +432,15 @@ class FakeTeacher:
         """The adjustment of every call."""
         self.broken = lambda call: None
         self.label = Remote(self._label)
+        self.gone = False
+        """Whether its node is, and nobody answers."""
+        self.pid = Remote(self._pid)
+
+    async def _pid(self):
+        await asyncio.sleep(0.002)
+        if self.gone:
+            raise ray.exceptions.ActorUnavailableError("on its way", None)
+        return 7
 
     def _label(self, stage, chunk, start, stop, version, step, adjustment):
         self.calls.append((stage, chunk, start, stop, version, step))
@@ -502,9 +512,8 @@ async def until(condition, seconds=3.0):
 
 
 async def close(given):
-    for feeder in given.feeders:
-        feeder.cancel()
-    await asyncio.gather(*given.feeders, return_exceptions=True)
+    await given.status([])
+    await asyncio.sleep(0)
 
 
 def run(test):
@@ -559,20 +568,90 @@ def test_a_bank_whose_teachers_are_hired_later_starts_to_label_then():
     run(test)
 
 
-def test_only_the_first_teachers_that_a_bank_hears_of_are_hired():
-    """The driver says so at every look."""
+def test_a_teacher_that_is_named_at_every_look_is_hired_once():
+    """The driver says at every look whom the bank may call, and whoever only asks says nothing about it."""
 
     async def test():
-        board, first, other = FakeBoard(40), FakeTeacher(), FakeTeacher()
+        board, first = FakeBoard(40), FakeTeacher()
         given = await bank([first], board, calls_in_flight=2)
         await given.poll(1, 40, 0, 40)
         for version in range(41, 61):
-            for teachers in ([first], [], [other]):
+            for teachers in ([first], None):
                 await given.status(teachers)
             board.publish(version)
             await asyncio.sleep(0.005)
+        assert first.calls
         assert first.most == 2, "as many calls as are allowed, however often it is named"
-        assert other.calls == []
+        await close(given)
+
+    run(test)
+
+
+def test_teachers_join_and_leave_while_labels_are_made():
+    async def test():
+        board, stays, leaves, joins = FakeBoard(40), FakeTeacher(), FakeTeacher(), FakeTeacher()
+        given = await bank([stays, leaves], board)
+        await given.poll(1, 40, 0, 40)
+
+        async def all_of(version):
+            return given.book.round_complete and {e.version for e in given.book.entries.values()} == {version}
+
+        await until(lambda: all_of(40))
+        assert (await given.status([stays, joins]))["teachers"] == 2
+        asked = len(leaves.calls)
+        for version in (50, 60, 70):
+            board.publish(version)
+            await until(lambda version=version: all_of(version))
+        assert joins.calls
+        assert len(leaves.calls) == asked, "nobody calls one that has left"
+        assert given.book.busy == set(), "no chunk waits for one that has left"
+        await close(given)
+
+    run(test)
+
+
+def test_a_chunk_that_was_with_a_teacher_who_leaves_is_made_by_another():
+    async def test():
+        slow, other = FakeTeacher(), FakeTeacher()
+        slow.label = Remote(lambda *_: (asyncio.sleep(60), None))
+        given = await bank([slow], FakeBoard(40), refresh="once")
+        await given.poll(1, 40, 0, 40)
+        await asyncio.sleep(0.02)
+        assert len(given.book.busy) == 2
+        await given.status([other])
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        await close(given)
+
+    run(test)
+
+
+def test_a_teacher_whose_node_is_lost_fails_its_calls_once_and_is_called_again_when_it_is_back(monkeypatch):
+    monkeypatch.setattr(label_bank, "ASK_AGAIN_SECONDS", 0.01)
+
+    async def test():
+        teacher = FakeTeacher()
+        board = FakeBoard(40)
+        given = await bank([teacher], board)
+        await given.poll(1, 40, 0, 40)
+
+        async def all_of(version):
+            return given.book.round_complete and {e.version for e in given.book.entries.values()} == {version}
+
+        await until(lambda: all_of(40))
+        teacher.gone, teacher.broken = True, lambda call: ray.exceptions.ActorUnavailableError("lost", None)
+        board.publish(50)
+        await asyncio.sleep(0.5)
+        status = await given.status([teacher])
+        assert status["teacher_failures"] == 2, "as many as were under way, however long it is away"
+        assert (status["teachers"], status["fatal"]) == (0, None)
+        assert given.book.busy == set(), "no chunk waits for it"
+        teacher.gone, teacher.broken = False, lambda call: None
+        await until(lambda: all_of(50))
+        assert (await given.status())["teachers"] == 1
         await close(given)
 
     run(test)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.label_bank import Delta
-from actors.label_view import LabelView, age_statistics
+from actors.label_view import LabelView
 from actors.records import encode
+from actors.staleness import age_statistics
 
 ROWS = 2
 

@@ -34,7 +34,7 @@ class StartedRun:
         self.messages = []
 
     def go(self, at_step=None, do=None):
-        shares = placement.shares(self.setup.options, placement.total_resources())
+        shares = placement.shares(self.setup.options, placement.capacity())
         done = []
 
         def watch(kind, what):

@@ -9,6 +9,7 @@ import torch
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, UnreadableImage
 from actors.student import Student
+from actors.team import SECONDS_TO_MENTION
 from pipelines import adapt as adapt_module
 from pipelines.adapt import Interrupt, Manner, Run, RunningSums, _readable, stop_on_interrupt
 from pipelines.placement import Shares
@@ -114,10 +115,12 @@ def started(monkeypatch):
 def watched(tmp_path, monkeypatch, started):
     """A run of two teachers without a cluster, and what it tells."""
     monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: (asked, []))
     setup = SimpleNamespace(
         plan=SimpleNamespace(folder=str(tmp_path), total_steps=10, evaluate_every=0, networks=(), seed=0),
-        options=SimpleNamespace(teachers=2, threads=1),
+        options=SimpleNamespace(teachers=2, most_teachers=2, threads=1),
         labels={},
+        label_age=None,
         make_scorer=lambda: None,
         make_watcher=lambda: None,
         make_showcase=lambda: None,
@@ -248,11 +251,23 @@ def test_the_bank_hears_at_every_look_whom_it_may_call(watched):
     for _ in range(3):
         watched._look()
     assert len(watched.teachers) == 2
-    assert watched.bank.told == [("status", []), ("status", watched.teachers), ("status", watched.teachers)]
+    assert watched.bank.told == [("status", None), ("status", []), ("status", watched.teachers)]
+    assert all(teacher.told == [("pid",)] for teacher in watched.teachers), "they have a place before they are called"
     restarted = Actor(status=status())
     watched.bank = restarted
     watched._look()
     assert restarted.told == [("status", watched.teachers)]
+
+
+def test_a_student_that_has_no_place_yet_is_mentioned_once(watched):
+    watched.run_log.answers["watch"] = {"newest": {}, "messages": [], "failure": None}
+    watched._look()
+    assert not watched.told or watched.told[-1][0] == "progress"
+    watched.waits_since -= SECONDS_TO_MENTION
+    for _ in range(2):
+        watched._look()
+    said = [what["text"] for kind, what in watched.told if kind == "message"]
+    assert said == ["no student has a place yet (each needs 1 CPU); the run begins when the cluster has one"]
 
 
 def test_a_bank_that_has_not_begun_says_nothing(watched):

@@ -328,6 +328,7 @@ def reader(monkeypatch):
         ray, "remote", lambda kind: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: made))
     )
     monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(streams, "on_this_node", lambda: "here")
     return made
 
 

@@ -6,6 +6,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from actors.errors import RunError
 from pipelines.options import read_options
+from pipelines.placement import Capacity
 from tune_spaces.options import SweepOptions
 from tune_spaces.record import TrialRecord
 from tune_spaces.space import parse_space
@@ -25,7 +26,7 @@ def options(**given):
 
 
 def test_as_many_trials_run_at_a_time_as_fit_with_teachers_evaluator_and_reading():
-    room = Room.of(options(teachers=2), {"CPU": 10.0}, 2)
+    room = Room.of(options(teachers=2), Capacity({"CPU": 10.0}), 2)
     assert room.at_once == 3, "1 + 2 × 0.5 + 0.1 + 0.5 = 2.6 each"
     assert room.sentence == (
         "3 trials at a time: each needs 2.6 CPUs (1 student × 1, 2 teachers × 0.5, evaluator 0.1, reading 0.5), and "
@@ -38,34 +39,38 @@ def test_as_many_trials_run_at_a_time_as_fit_with_teachers_evaluator_and_reading
         {"CPU": 0.1},
         {"node:__internal_head__": 0.33},
     ]
-    assert Room.of(options(teachers=2, max_concurrent=2), {"CPU": 10.0}, 2).at_once == 2
+    assert Room.of(options(teachers=2, max_concurrent=2), Capacity({"CPU": 10.0}), 2).at_once == 2
 
 
 def test_no_more_groups_than_trials_at_a_time_have_room_on_the_head_node():
     """After a resume Ray Tune starts every failed trial that has room, whatever its searcher says."""
     for at_once in (1, 2, 3, 7):
-        share = Room.of(options(max_concurrent=at_once), {"CPU": 100.0}, 1).bundles[-1]["node:__internal_head__"]
+        share = Room.of(options(max_concurrent=at_once), Capacity({"CPU": 100.0}), 1).bundles[-1][
+            "node:__internal_head__"
+        ]
         assert at_once * share <= 1.0 < (at_once + 1) * share
 
 
 def test_a_recipe_that_makes_no_labels_needs_no_teacher():
-    room = Room.of(options(), {"CPU": 4.0}, 0)
+    room = Room.of(options(), Capacity({"CPU": 4.0}), 0)
     assert room.at_once == 2, "1 + 0.1 + 0.5 = 1.6 each"
     assert "0 teachers" in room.sentence
     assert len(room.bundles) == 3
 
 
 def test_gpus_count_too_and_the_scarcer_decides():
-    room = Room.of(options(), {"CPU": 64.0, "GPU": 4.0}, 1)
+    room = Room.of(options(), Capacity({"CPU": 64.0, "GPU": 4.0}), 1)
     assert room.at_once == 1, "2 whole GPUs and a tenth of one for the evaluator"
     assert "2.1 GPUs" in room.sentence
-    assert Room.of(options(), {"CPU": 64.0, "GPU": 1.0}, 1).at_once == 1, "on one GPU a trial shares it among its own"
-    learning = Room.of(options(), {"CPU": 64.0, "GPU": 1.0}, 1, 1)
+    assert Room.of(options(), Capacity({"CPU": 64.0, "GPU": 1.0}), 1).at_once == 1, (
+        "on one GPU a trial shares it among its own"
+    )
+    learning = Room.of(options(), Capacity({"CPU": 64.0, "GPU": 1.0}), 1, 1)
     assert (learning.at_once, len(learning.bundles)) == (1, len(room.bundles) + 1), "one that learns asks as any other"
 
 
 def test_the_processes_of_several_students_are_not_in_the_trials_own_bundles():
-    room = Room.of(options(students=2), {"CPU": 10.0}, 1)
+    room = Room.of(options(students=2), Capacity({"CPU": 10.0}), 1)
     assert room.bundles[0] == {"CPU": 0.01}
     assert room.at_once == 3, "2 + 0.5 + 0.1 + 0.5 = 3.1 each"
 
@@ -74,12 +79,12 @@ def test_more_trials_at_a_time_than_fit_are_refused_with_the_sum():
     with pytest.raises(
         RunError, match=r"--max-concurrent is 2, but only 1 trial can run at a time: each needs 2.1 CPUs"
     ):
-        Room.of(options(max_concurrent=2), {"CPU": 4.0}, 1)
+        Room.of(options(max_concurrent=2), Capacity({"CPU": 4.0}), 1)
 
 
 def test_one_trial_that_does_not_fit_is_refused():
     with pytest.raises(RunError, match="will never have more"):
-        Room.of(options(), {"CPU": 2.0}, 1)
+        Room.of(options(), Capacity({"CPU": 2.0}), 1)
 
 
 def suggested(search, count, seed=0, tell=None):

@@ -112,12 +112,15 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False, manner: 
     url = cluster.start(setup.options)
     if url:
         watch("message", {"text": f"Ray dashboard: {url}"})
-    parts = placement.shares(setup.options, placement.capacity(), setup.learners)
-    write_config(setup.options)
-    describe(setup)
-    run = Run(setup, parts, watch, seconds, given, manner)
     with stop_on_interrupt() as interrupt:
-        return run.execute(interrupt)
+        if setup.options.own_nodes == "always":
+            placement.wait_for_nodes(lambda text: watch("message", {"text": text}), lambda: interrupt.asked)
+            if interrupt.asked:
+                raise KeyboardInterrupt
+        parts = placement.shares(setup.options, placement.capacity(), setup.learners)
+        write_config(setup.options)
+        describe(setup)
+        return Run(setup, parts, watch, seconds, given, manner).execute(interrupt)
 
 
 class Interrupt:

@@ -235,6 +235,10 @@ class AdaptOptions(DataOptions):
     """Keep decoded images in the data folder (about 3 MB each at full size, and 6 MB with proda)."""
     address: str | None = None
     """Ray cluster to use, for example auto. Default: start one on this machine."""
+    own_nodes: Literal["auto", "always", "never"] = "auto"
+    """Whether students and teachers go to nodes of their own, those with the custom resources student_node and
+    teacher_node. auto: where the cluster has such nodes, or ray up may start them. always: wait until there is one of
+    each. never: anywhere."""
     dashboard: bool = True
     """Serve the Ray dashboard on 127.0.0.1 while running."""
     prior: PriorOptions = field(default_factory=PriorOptions)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
+from ray.autoscaler.sdk import request_resources
 
 from actors.errors import RunError
 from pipelines.options import AdaptOptions
@@ -21,6 +25,8 @@ STUDENT_NODE, TEACHER_NODE = "student_node", "teacher_node"
 """Custom resources of nodes that are there for students, and for teachers: ``resources`` in cluster.yaml."""
 PLACE = 0.001
 """What a process asks of its kind of node, so that as many stand on one as its CPUs and GPUs hold."""
+BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""Where ``ray up`` leaves its configuration on the head node."""
 
 Resources = Mapping[str, float]
 
@@ -80,24 +86,27 @@ def shares(options: AdaptOptions, capacity: Capacity, learners: int = 0) -> Shar
     """Divide a cluster.
 
     Where nodes are there for students or for teachers (see :class:`Capacity`), each goes to its own kind and the
-    evaluator to the teachers'; GPUs are then divided kind by kind. Elsewhere everybody shares everything: with one GPU,
-    student and teachers run on it side by side.
+    evaluator to the teachers'; GPUs are then divided kind by kind, and a teacher that is asked for later gets as large
+    a share as the first ones. Elsewhere everybody shares everything: with one GPU, student and teachers run on it side
+    by side.
 
     Args:
-        options: how many students and teachers there shall be, at most.
+        options: how many students and teachers there shall be.
         capacity: of the cluster.
         learners: teachers that learn, beside those that label.
 
     Raises:
         RunError: they can never fit, whatever else ends.
     """
-    students, teachers = options.students, options.most_teachers + learners
+    apart = options.own_nodes != "never" and (capacity.students is not None or capacity.teachers is not None)
+    own, others = (capacity.students, capacity.teachers) if apart else (None, None)
+    students, teachers = options.students, (options.teachers if apart else options.most_teachers) + learners
     student: dict[str, float] = {"CPU": float(options.threads)}
     teacher, evaluator = {"CPU": TEACHER_CPUS}, {"CPU": EVALUATOR_CPUS}
-    own_cpus, helpers_cpus = students * options.threads, teachers * TEACHER_CPUS + EVALUATOR_CPUS
+    own_cpus, others_cpus = students * options.threads, teachers * TEACHER_CPUS + EVALUATOR_CPUS
     who, helpers = f"{students} students with {options.threads} threads", f"{teachers} teachers"
-    _check_cpus(f"{who} and {helpers}", own_cpus + helpers_cpus + DATA_CPUS, capacity.total)
-    if capacity.students is None and capacity.teachers is None:
+    _check_cpus(f"{who} and {helpers}", own_cpus + others_cpus + DATA_CPUS, capacity.total)
+    if not apart:
         gpus = capacity.total.get("GPU", 0.0)
         part = _part(f"{students} students and {helpers}", students + teachers, gpus)
         if part:
@@ -105,16 +114,16 @@ def shares(options: AdaptOptions, capacity: Capacity, learners: int = 0) -> Shar
             if part < 1 or gpus > students + teachers:
                 evaluator["GPU"] = 0.1
         return Shares(student, teacher, evaluator)
-    if capacity.students is not None:
-        _check_cpus(who, own_cpus + DATA_CPUS, capacity.students, STUDENT_NODE)
+    if own is not None:
+        _check_cpus(who, own_cpus + DATA_CPUS, own, STUDENT_NODE)
         student[STUDENT_NODE] = PLACE
-    if capacity.teachers is not None:
-        _check_cpus(helpers, helpers_cpus, capacity.teachers, TEACHER_NODE)
+    if others is not None:
+        _check_cpus(helpers, others_cpus, others, TEACHER_NODE)
         teacher[TEACHER_NODE] = evaluator[TEACHER_NODE] = PLACE
-    part = _part(f"{students} students", students, (capacity.students or capacity.total).get("GPU", 0.0))
+    part = _part(f"{students} students", students, (own or capacity.total).get("GPU", 0.0))
     if part:
         student["GPU"] = part
-    part = _part(helpers, teachers, (capacity.teachers or capacity.total).get("GPU", 0.0))
+    part = _part(helpers, teachers, (others or capacity.total).get("GPU", 0.0))
     if part:
         teacher["GPU"], evaluator["GPU"] = min(part, 0.9), 0.1
     return Shares(student, teacher, evaluator)
@@ -147,19 +156,58 @@ def capacity() -> Capacity:
     return Capacity.of((node["Resources"], 1) for node in ray.nodes() if node["Alive"]).or_more(_growth())
 
 
+def wait_for_nodes(say: Callable[[str], None], stopped: Callable[[], bool]) -> None:
+    """Ask the autoscaler for a node of each kind, and wait until they are there, or the user stops.
+
+    Args:
+        say: told once what is waited for.
+        stopped: asked now and then.
+    """
+    kinds = (STUDENT_NODE, TEACHER_NODE)
+    request_resources(bundles=[{kind: 1} for kind in kinds])
+    said = False
+    try:
+        while not stopped():
+            resources = ray.cluster_resources()
+            missing = [kind for kind in kinds if kind not in resources]
+            if not missing:
+                return
+            if not said:
+                say(f"waiting for a node with {' and one with '.join(missing)} (--own-nodes always)")
+                said = True
+            time.sleep(1.0)
+    finally:
+        request_resources(bundles=[])
+
+
 def _growth() -> Capacity:
-    """As many nodes of every type as the autoscaler may start; nothing where there is none."""
+    """As many nodes of every type as the autoscaler may start; nothing where that cannot be seen from here."""
     try:
         from ray._private.state import state
 
         config: Any = state.get_cluster_config()
     except (ImportError, AttributeError, RuntimeError):
         config = None
-    groups = [] if config is None else config.node_group_configs
+    if config is None:
+        return grown(BOOTSTRAP)
     without_end = -1
     return Capacity.of(
-        (dict(group.resources), math.inf if group.max_count == without_end else group.max_count) for group in groups
+        (dict(group.resources), math.inf if group.max_count == without_end else group.max_count)
+        for group in config.node_group_configs
     )
+
+
+def grown(path: Path) -> Capacity:
+    """As many nodes of every type as a file for ``ray up`` allows; nothing where there is none."""
+    try:
+        config = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
+        types, at_most = config["available_node_types"], config["max_workers"]
+        return Capacity.of(
+            (kind["resources"], 1 if name == config["head_node_type"] else min(at_most, kind.get("max_workers", 0)))
+            for name, kind in types.items()
+        )
+    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, yaml.YAMLError):
+        return Capacity({})
 
 
 def actor_options(share: Resources) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_a_teacher_that_cannot_start_ends_the_run_with_its_reason(office):
     cause = ValueError("no such network")
     creation = ray.exceptions.RayTaskError("__init__", "Traceback\nValueError: no such network", cause, actor_id="a")
     broken.here, broken.answer = True, ray.exceptions.ActorDiedError(creation)
-    with pytest.raises(RunError, match="a teacher cannot start: .*no such network"):
+    with pytest.raises(RunError, match=r"a teacher cannot start: .*no such network"):
         given.look(1.0, {})
 
 

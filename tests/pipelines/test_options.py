@@ -259,3 +259,23 @@ def test_labels_are_adjusted_by_default_where_the_system_does_so(recipe, given, 
 def test_refinement_without_class_frequencies_is_refused(given):
     with pytest.raises(RunError, match=r"--prior.refine-steps refines classifiers .* give --adjust-prior estimated"):
         AdaptOptions(**given, prior=PriorOptions(refine_steps=40))
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"min_students": 0}, "--min-students is 0 and --students 1"),
+        ({"min_students": 3, "students": 2}, "--min-students is 3 and --students 2; give at least 1 and at most"),
+        ({"max_teachers": 1, "teachers": 2}, "--max-teachers is 1, fewer than --teachers 2"),
+        ({"label_age": 100}, "--label-age decides .* give --max-teachers, too"),
+        ({"label_age": 0, "max_teachers": 2}, "--label-age is 0; give a number of steps"),
+    ],
+)
+def test_numbers_of_processes_that_cannot_change_so_are_refused(bad, text):
+    with pytest.raises(RunError, match=text):
+        AdaptOptions(**bad)
+
+
+def test_there_are_never_more_teachers_than_the_most():
+    assert AdaptOptions(teachers=2).most_teachers == 2
+    assert AdaptOptions(teachers=2, max_teachers=5).most_teachers == 5

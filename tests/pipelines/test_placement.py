@@ -1,10 +1,14 @@
 import math
+import time
 
 import pytest
+import ray
+import yaml
 
 from actors.errors import RunError
+from pipelines import placement
 from pipelines.options import AdaptOptions
-from pipelines.placement import Capacity, actor_options, in_words, shares
+from pipelines.placement import Capacity, actor_options, grown, in_words, shares
 
 
 def test_one_student_and_one_teacher_fit_on_two_cores():
@@ -106,15 +110,55 @@ def test_teachers_on_nodes_without_a_gpu_ask_for_none():
     assert found.student["GPU"] == 1.0
 
 
-def test_teachers_that_may_be_asked_for_later_count():
+def test_a_teacher_that_is_asked_for_later_gets_as_large_a_share_on_a_node_that_may_not_be_there_yet():
     cluster = Capacity.of([(HEAD_NODE, 1), (STUDENT, 1), (TEACHER, 2)])
-    assert shares(AdaptOptions(teachers=1, max_teachers=2), cluster).teacher["GPU"] == 0.9
-    assert shares(AdaptOptions(teachers=1, max_teachers=4), cluster).teacher["GPU"] == 0.45
+    assert shares(AdaptOptions(teachers=1, max_teachers=40), cluster).teacher["GPU"] == 0.9
     with pytest.raises(RunError, match=r"18 teachers need 9\.1 CPUs, and the nodes with teacher_node have 8 and"):
-        shares(AdaptOptions(max_teachers=18), cluster)
+        shares(AdaptOptions(teachers=18), cluster)
+
+
+def test_without_nodes_of_their_own_those_that_may_be_asked_for_later_count():
+    """Nobody starts another machine for them."""
+    assert shares(AdaptOptions(max_teachers=3), Capacity({"CPU": 8.0, "GPU": 1.0})).teacher["GPU"] == 0.225
+    with pytest.raises(RunError, match="9 teachers need"):
+        shares(AdaptOptions(max_teachers=9), Capacity({"CPU": 4.0}))
+
+
+def test_whoever_wants_no_nodes_of_their_own_is_anywhere():
+    found = shares(AdaptOptions(own_nodes="never"), Capacity.of([(STUDENT, 1), (TEACHER, 1)]))
+    assert found.student == {"CPU": 1.0, "GPU": 1.0}
+    assert found.teacher == {"CPU": 0.5, "GPU": 1.0}
+
+
+def test_what_ray_up_may_start_is_read_where_it_leaves_its_configuration(tmp_path):
+    path = tmp_path / "ray_bootstrap_config.yaml"
+    types = {
+        "head": {"resources": HEAD_NODE, "max_workers": 0},
+        "student": {"resources": STUDENT, "max_workers": 2},
+        "teacher": {"resources": TEACHER, "max_workers": 9},
+    }
+    config = {"max_workers": 4, "head_node_type": "head", "available_node_types": types}
+    path.write_text(yaml.safe_dump(config))
+    assert grown(path) == Capacity.of([(HEAD_NODE, 1), (STUDENT, 2), (TEACHER, 4)])
+    for broken in ("", "[1, 2", "max_workers: 3", "available_node_types: []\nmax_workers: 1"):
+        path.write_text(broken)
+        assert grown(path) == Capacity({})
+    assert grown(tmp_path / "none") == Capacity({})
 
 
 def test_where_only_teachers_have_nodes_of_their_own_students_are_anywhere():
     found = shares(AdaptOptions(), Capacity.of([({"CPU": 4.0}, 1), (TEACHER, 1)]))
     assert "student_node" not in found.student
     assert found.teacher["teacher_node"] == 0.001
+
+
+def test_a_run_that_wants_nodes_of_each_kind_asks_for_them_and_waits(monkeypatch):
+    asked, said, there = [], [], iter([{"CPU": 1.0}, {"CPU": 2.0, "student_node": 1.0}, STUDENT | TEACHER])
+    monkeypatch.setattr(placement, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: next(there))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    placement.wait_for_nodes(said.append, lambda: False)
+    assert asked == [[{"student_node": 1}, {"teacher_node": 1}], []], "the wish ends with the wait"
+    assert said == ["waiting for a node with student_node and one with teacher_node (--own-nodes always)"]
+    placement.wait_for_nodes(said.append, lambda: True)
+    assert asked[-1] == []

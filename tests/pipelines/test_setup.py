@@ -28,6 +28,19 @@ def options(tiny_folder, **more):
     return AdaptOptions(**{**defaults, **more})
 
 
+def test_every_number_of_students_that_there_may_be_shares_every_batch_evenly(tiny_folder):
+    resolve(options(tiny_folder, students=2, min_students=1))
+    with pytest.raises(RunError, match=r"batches of 4, which 3 students .* divides 4 and whose every number from"):
+        resolve(options(tiny_folder, students=4, min_students=2, batch=4))
+
+
+def test_a_label_may_be_as_old_as_a_pass_over_the_target_images_unless_asked_otherwise(tiny_folder):
+    setup = resolve(options(tiny_folder))
+    assert setup.label_age == len(setup.domains.target) // 2 == 12
+    assert resolve(options(tiny_folder, max_teachers=2, label_age=5)).label_age == 5
+    assert resolve(options(tiny_folder, recipe="mrnet")).label_age is None
+
+
 @pytest.mark.parametrize(("students", "divides"), [(1, True), (2, True), (3, False), (4, False)])
 def test_students_share_every_batch_evenly_or_are_refused(tiny_folder, students, divides):
     given = options(tiny_folder, students=students)

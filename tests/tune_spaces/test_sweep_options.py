@@ -19,6 +19,8 @@ from tune_spaces.options import CONFIG, METRICS, SweepOptions, read_sweep_option
         ({"metric": "miou", "oracle": "never"}, "--metric miou ranks trials by target labels"),
         ({"references": "always"}, "the trials of a sweep train no reference runs"),
         ({"students": 2, "dashboard": False}, "leave --no-dashboard out"),
+        ({"max_teachers": 2}, "--max-teachers: what a trial needs is counted .* give --teachers"),
+        ({"students": 2, "min_students": 1}, "--min-students: what a trial needs is counted .* give --students"),
     ],
 )
 def test_what_cannot_work_is_refused(given, said):

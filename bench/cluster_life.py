@@ -1,0 +1,202 @@
+"""What a run does when nodes of its cluster are lost and join: how soon it notices, how soon it is whole again.
+
+    python -m bench.cluster_life --json docs/results/cluster-life.json
+    python -m bench.cluster_life --preset tiny --steps 400        # a minute, to try it
+
+A head, a node for the student and two for teachers run on this machine as Ray nodes of their own
+(:mod:`bench.simulated_cluster`), and `run.py` on them as on any cluster. In the middle of self-training
+
+1. a teacher's node is killed (every process of it at once),
+2. a node for a teacher joins, as when a cloud has replaced the lost one,
+3. the student's node is killed, and a new one joins at once.
+
+**Noticed** is when the run says so or a number of it shows it; **whole again** when as many teachers label as before,
+and for the student when it has taken a step that it had not taken before. Both are counted from the kill or from the
+join, in seconds. What a teacher's loss costs the student is looked at in its own lines: steps that it took twice, the
+longest time between two lines, and its share of time spent waiting for labels, before and after. Ray's health checks
+find a dead node after about three seconds here; with Ray's own settings they need about half a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipelines import environment
+
+environment.prepare()
+os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of our own, for the length of the measurement
+
+from bench.simulated_cluster import SimulatedCluster, simulated  # noqa: E402
+from pipelines.placement import STUDENT_NODE, TEACHER_NODE  # noqa: E402
+
+TEACHERS = 2
+
+
+class WatchedRun:
+    """`run.py` on a cluster, and what its metrics say."""
+
+    def __init__(self, cluster: SimulatedCluster, folder: Path, arguments: list[str]) -> None:
+        self.folder = folder / "run"
+        self.log = folder / "run.log"
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "run.py", "--address", cluster.address, "--teachers", str(TEACHERS)),
+                    *("--references", "never", "--runs", str(folder), "--name", "run", *arguments),
+                ],
+                env=cluster.environment(),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """Those of a kind so far."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        every = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        return [line for line in every if line["kind"] == kind]
+
+    def step(self) -> int:
+        """The student's."""
+        return max((line["step"] for line in self.lines("train")), default=0)
+
+    def ended(self) -> bool:
+        """Whether the process has."""
+        return self.process.poll() is not None
+
+    def told_after(self, moment: float, words: str) -> float | None:
+        """Seconds from a moment to the first message with these words."""
+        found = [line["time"] for line in self.lines("event") if line["time"] > moment and words in line["message"]]
+        return round(found[0] - moment, 1) if found else None
+
+    def labelling_again(self, moment: float) -> float | None:
+        """Seconds from a moment to the first word of the bank that all teachers label."""
+        found = [line["time"] for line in self.lines("teachers") if line["time"] > moment]
+        whole = [t for t in found if self._teachers_at(t) == TEACHERS]
+        return round(whole[0] - moment, 1) if whole else None
+
+    def _teachers_at(self, moment: float) -> int:
+        return int(next(line["teachers"] for line in self.lines("teachers") if line["time"] == moment))
+
+
+def measure(arguments: list[str], folder: Path, at: tuple[float, float, float], steps: int) -> dict[str, Any]:
+    """The run, its losses and their times."""
+    with simulated() as cluster:
+        run = WatchedRun(cluster, folder, arguments)
+        try:
+            return {"nodes": nodes_of(cluster), **_events(cluster, run, [round(part * steps) for part in at])}
+        finally:
+            run.process.terminate()
+            run.process.wait(60)
+
+
+def nodes_of(cluster: SimulatedCluster) -> dict[str, int]:
+    """How many of each kind are alive."""
+    every, students, teachers = (len(cluster.alive(kind)) for kind in (None, STUDENT_NODE, TEACHER_NODE))
+    return {"head": every - students - teachers, "student": students, "teacher": teachers}
+
+
+def _events(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str, Any]:
+    def reaches(step: int) -> None:
+        cluster.until(lambda: run.step() >= step or run.ended(), 1800)
+        if run.ended():
+            raise RuntimeError(f"the run ended before step {step}: {run.log.read_text()[-2000:]}")
+
+    reaches(at[0])
+    before = run.lines("train")[-1]
+    killed = cluster.kill_node(cluster.alive(TEACHER_NODE)[0])
+    cluster.until(lambda: run.told_after(killed, "a teacher died") is not None, 120)
+    reaches(at[1])
+    after = run.lines("train")[-1]
+    joined = time.time()
+    cluster.add_node(TEACHER_NODE, cluster.teachers)
+    cluster.until(lambda: run.labelling_again(joined) is not None, 180)
+    whole = run.labelling_again(joined)
+    reaches(at[2])
+    stopped_at, students = run.step(), len(run.lines("student"))
+    lost = cluster.kill_node(cluster.alive(STUDENT_NODE)[0])
+    cluster.add_node(STUDENT_NODE, cluster.students)
+    cluster.until(lambda: len(run.lines("student")) > students, 300)
+    began = run.lines("student")[-1]["time"]
+    cluster.until(lambda: run.step() > stopped_at, 300)
+    first = next(line for line in run.lines("train") if line["time"] > began)
+    ahead = next(line for line in run.lines("train") if line["time"] > began and line["step"] > stopped_at)
+    cluster.until(run.ended, 1800)
+    results = json.loads((run.folder / "results.json").read_text())
+    between = [line for line in run.lines("train") if before["time"] <= line["time"] <= after["time"]]
+    steady = [
+        line for line in run.lines("train") if line["time"] <= before["time"] and line["stage"] == before["stage"]
+    ]
+    return {
+        "exit_code": run.process.returncode,
+        "teacher_lost": {
+            "at_step": before["step"],
+            "noticed_s": run.told_after(killed, "a teacher died"),
+            "steps_taken_twice": len(between) - len({line["step"] for line in between}),
+            "student_restarts": len([line for line in run.lines("student") if killed < line["time"] < lost]),
+            "longest_between_lines_s": _longest(between),
+            "longest_between_lines_before_s": _longest(steady),
+            "wait_share_before": before["wait_share"],
+            "wait_share_after": after["wait_share"],
+            "steps_per_s_before": _rate(steady[-10:]),
+            "steps_per_s_after": _rate(between),
+        },
+        "teacher_joined": {"labelling_after_s": whole},
+        "student_lost": {
+            "at_step": stopped_at,
+            "back_after_s": round(began - lost, 1),
+            "from_step": first["step"],
+            "ahead_after_s": round(ahead["time"] - lost, 1),
+        },
+        "miou": results["scores"]["adapted"]["miou"],
+        "steps": results["steps"],
+        "labels": results["labels"],
+        "teachers": {name: results["teachers"][name] for name in ("labels_made", "teacher_failures", "blocks_lost")},
+        "student": results["student"],
+    }
+
+
+def _longest(lines: list[dict[str, Any]]) -> float:
+    times = [line["time"] for line in lines]
+    return round(max((b - a for a, b in itertools.pairwise(times)), default=0.0), 2)
+
+
+def _rate(lines: list[dict[str, Any]]) -> float:
+    return round((lines[-1]["step"] - lines[0]["step"]) / max(1e-9, lines[-1]["time"] - lines[0]["time"]), 3)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1100, help="the demo's")
+    parser.add_argument("--preset", default="mini")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at", type=float, nargs=3, default=(0.6, 0.72, 0.8), help="parts of the run")
+    parser.add_argument("--json", default=None)
+    given = parser.parse_args(arguments)
+    folder = Path(tempfile.mkdtemp(prefix="r"))
+    wanted = ["--preset", given.preset, "--steps", str(given.steps), "--seed", str(given.seed)]
+    try:
+        found = measure(wanted, folder, tuple(given.at), given.steps)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found = {"command": "python -m bench.cluster_life " + " ".join(wanted), "commit": commit, **found}
+    print(json.dumps(found, indent=1))
+    if given.json:
+        Path(given.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,7 +1,8 @@
 """What a run does when nodes of its cluster are lost and join: how soon it notices, how soon it is whole again.
 
     python -m bench.cluster_life --json docs/results/cluster-life.json
-    python -m bench.cluster_life --preset tiny --steps 400        # a minute, to try it
+    python -m bench.cluster_life --elastic --json docs/results/cluster-elastic.json
+    python -m bench.cluster_life --preset tiny --steps 1200        # to try it
 
 A head, a node for the student and two for teachers run on this machine as Ray nodes of their own
 (:mod:`bench.simulated_cluster`), and `run.py` on them as on any cluster. In the middle of self-training
@@ -9,6 +10,9 @@ A head, a node for the student and two for teachers run on this machine as Ray n
 1. a teacher's node is killed (every process of it at once),
 2. a node for a teacher joins, as when a cloud has replaced the lost one,
 3. the student's node is killed, and a new one joins at once.
+
+With `--elastic` two students run on nodes of their own and may go on as one (`--min-students 1`): one node is killed,
+and the run goes on with the other; a node joins, and there are two again.
 
 **Noticed** is when the run says so or a number of it shows it; **whole again** when as many teachers label as before,
 and for the student when it has taken a step that it had not taken before. Both are counted from the kill or from the
@@ -28,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ from pipelines import environment
 environment.prepare()
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of our own, for the length of the measurement
 
-from bench.simulated_cluster import SimulatedCluster, simulated  # noqa: E402
+from bench.simulated_cluster import Nodes, SimulatedCluster, simulated  # noqa: E402
 from pipelines.placement import STUDENT_NODE, TEACHER_NODE  # noqa: E402
 
 TEACHERS = 2
@@ -75,6 +80,22 @@ class WatchedRun:
         """Whether the process has."""
         return self.process.poll() is not None
 
+    def reaches(self, step: int) -> None:
+        """Wait for a step.
+
+        Raises:
+            RuntimeError: the run ended before.
+        """
+        while self.step() < step:
+            if self.ended():
+                raise RuntimeError(f"the run ended before step {step}: {self.log.read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def students(self) -> int:
+        """How many there are, by the newest word of one."""
+        lines = self.lines("student")
+        return int(lines[-1]["students"]) if lines else 0
+
     def told_after(self, moment: float, words: str) -> float | None:
         """Seconds from a moment to the first message with these words."""
         found = [line["time"] for line in self.lines("event") if line["time"] > moment and words in line["message"]]
@@ -90,12 +111,25 @@ class WatchedRun:
         return int(next(line["teachers"] for line in self.lines("teachers") if line["time"] == moment))
 
 
-def measure(arguments: list[str], folder: Path, at: tuple[float, float, float], steps: int) -> dict[str, Any]:
-    """The run, its losses and their times."""
-    with simulated() as cluster:
+Events = Callable[[SimulatedCluster, WatchedRun, list[int]], dict[str, Any]]
+
+
+def measure(
+    arguments: list[str], folder: Path, events: Events, at: list[int], nodes: dict[str, Nodes]
+) -> dict[str, Any]:
+    """The run, what happened to it and when.
+
+    Args:
+        arguments: of `run.py`.
+        folder: for the run.
+        events: make it happen.
+        at: the steps at which it does.
+        nodes: of the cluster, where they are not the simulated cluster's own.
+    """
+    with simulated(**nodes) as cluster:
         run = WatchedRun(cluster, folder, arguments)
         try:
-            return {"nodes": nodes_of(cluster), **_events(cluster, run, [round(part * steps) for part in at])}
+            return {"nodes": nodes_of(cluster), **events(cluster, run, at)}
         finally:
             run.process.terminate()
             run.process.wait(60)
@@ -107,23 +141,19 @@ def nodes_of(cluster: SimulatedCluster) -> dict[str, int]:
     return {"head": every - students - teachers, "student": students, "teacher": teachers}
 
 
-def _events(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str, Any]:
-    def reaches(step: int) -> None:
-        cluster.until(lambda: run.step() >= step or run.ended(), 1800)
-        if run.ended():
-            raise RuntimeError(f"the run ended before step {step}: {run.log.read_text()[-2000:]}")
-
-    reaches(at[0])
+def life(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str, Any]:
+    """A teacher's node is lost, another joins, the student's is lost and replaced at once."""
+    run.reaches(at[0])
     before = run.lines("train")[-1]
     killed = cluster.kill_node(cluster.alive(TEACHER_NODE)[0])
     cluster.until(lambda: run.told_after(killed, "a teacher died") is not None, 120)
-    reaches(at[1])
+    run.reaches(at[1])
     after = run.lines("train")[-1]
     joined = time.time()
     cluster.add_node(TEACHER_NODE, cluster.teachers)
     cluster.until(lambda: run.labelling_again(joined) is not None, 180)
     whole = run.labelling_again(joined)
-    reaches(at[2])
+    run.reaches(at[2])
     stopped_at, students = run.step(), len(run.lines("student"))
     lost = cluster.kill_node(cluster.alive(STUDENT_NODE)[0])
     cluster.add_node(STUDENT_NODE, cluster.students)
@@ -167,6 +197,40 @@ def _events(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[s
     }
 
 
+def elastic(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str, Any]:
+    """One of two students' nodes is lost, and a node joins later."""
+    run.reaches(at[0])
+    lost_at, lost = run.step(), cluster.kill_node(cluster.alive(STUDENT_NODE)[0])
+    cluster.until(lambda: run.students() == 1, 300)
+    alone = run.lines("student")[-1]["time"]
+    cluster.until(lambda: run.step() > max(lost_at, at[1]), 600)
+    ahead = next(line for line in run.lines("train") if line["time"] > alone and line["step"] > lost_at)
+    first = next(line for line in run.lines("train") if line["time"] > alone)
+    joined_at, joined = run.step(), time.time()
+    cluster.add_node(STUDENT_NODE, cluster.students)
+    cluster.until(lambda: run.students() == 2 or run.ended(), 600)
+    both = run.lines("student")[-1]["time"]
+    cluster.until(run.ended, 1800)
+    results = json.loads((run.folder / "results.json").read_text())
+    grown = next((line for line in run.lines("train") if line["time"] > both), None)
+    return {
+        "exit_code": run.process.returncode,
+        "shrunk": {
+            "at_step": lost_at,
+            "alone_after_s": round(alone - lost, 1),
+            "from_step": first["step"],
+            "ahead_after_s": round(ahead["time"] - lost, 1),
+        },
+        "grown": {
+            "at_step": joined_at,
+            "both_after_s": round(both - joined, 1) if grown else None,
+            "from_step": grown["step"] if grown else None,
+        },
+        "miou": results["scores"]["adapted"]["miou"],
+        "steps": results["steps"],
+    }
+
+
 def _longest(lines: list[dict[str, Any]]) -> float:
     times = [line["time"] for line in lines]
     return round(max((b - a for a, b in itertools.pairwise(times)), default=0.0), 2)
@@ -183,16 +247,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--preset", default="mini")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at", type=float, nargs=3, default=(0.6, 0.72, 0.8), help="parts of the run")
+    parser.add_argument("--elastic", action="store_true", help="two students that may be one")
     parser.add_argument("--json", default=None)
     given = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="r"))
     wanted = ["--preset", given.preset, "--steps", str(given.steps), "--seed", str(given.seed)]
+    events, nodes = life, dict[str, Nodes]()
+    if given.elastic:
+        wanted += ["--students", "2", "--min-students", "1"]
+        events, nodes = (
+            elastic,
+            {"students": Nodes(cpus=2, least=2, most=3), "teachers": Nodes(cpus=2, least=1, most=2)},
+        )
     try:
-        found = measure(wanted, folder, tuple(given.at), given.steps)
+        found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = {"command": "python -m bench.cluster_life " + " ".join(wanted), "commit": commit, **found}
+    found = {"command": "python -m bench.cluster_life " + " ".join(arguments), "commit": commit, **found}
     print(json.dumps(found, indent=1))
     if given.json:
         Path(given.json).write_text(json.dumps(found, indent=1) + "\n")

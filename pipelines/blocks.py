@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.errors import RunError, UnreadableImage
@@ -21,7 +22,7 @@ from pipelines.datasets.dataset import LabelEncoding, read_image, read_label
 from pipelines.decode_cache import DecodeCache
 
 if TYPE_CHECKING:
-    import ray.data
+    from ray.data import Dataset
 
 Size = tuple[int, int]
 SPARES = 4
@@ -125,7 +126,7 @@ class ReadPlan:
     cache: DecodeCache
     cpus: float
 
-    def dataset(self, blocks: list[list[SampleFile]]) -> ray.data.Dataset:
+    def dataset(self, blocks: list[list[SampleFile]]) -> Dataset:
         """Blocks of samples as a Ray Dataset in that order."""
         import ray.data  # takes a second of a core, which the first blocks need not wait for
 

@@ -115,7 +115,7 @@ def measure(trials: int, sweeps: int, data: str) -> dict[str, Any]:
     """Every sweep, and the medians of where a trial's seconds go."""
     with tempfile.TemporaryDirectory(prefix="sweeps") as folder:
         common: dict[str, Any] = {"preset": "tiny", "data": data, "runs": folder}
-        dashboard = cluster.start(AdaptOptions(**common))
+        dashboard = cluster.start(AdaptOptions(**common)).dashboard
         first = AdaptOptions(**common, to_stage=1, references="never", name="one")
         start = adapt(first, lambda *_: None, manner=Manner(student_here=True, brief=True)).folder
         given = {**common, "init": str(start), "from_stage": 2, "num_samples": trials, "search": "random"}

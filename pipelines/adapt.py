@@ -109,9 +109,9 @@ def adapt(options: AdaptOptions, watch: Watch, *, resume: bool = False, manner: 
     given = setup.open_given()
     seconds = {"data": time.monotonic() - began}
     watch("phase", {"name": "start", "text": "starting Ray", "folder": setup.plan.folder})
-    url = cluster.start(setup.options)
-    if url:
-        watch("message", {"text": f"Ray dashboard: {url}"})
+    used = cluster.start(setup.options)
+    if used.sentence:
+        watch("message", {"text": used.sentence})
     with stop_on_interrupt() as interrupt:
         if setup.options.own_nodes == "always":
             placement.wait_for_nodes(lambda text: watch("message", {"text": text}), lambda: interrupt.asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -18,6 +19,21 @@ SETTINGS = {
 
 
 def prepare() -> None:
-    """Set what the user has not set."""
+    """Set what the user has not set.
+
+    A user who has a token means to use it: Ray by itself would show none to a cluster that is joined by its address.
+    The token of a cluster of our own is made where that is started, when it is known that none is joined.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if token_source() is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def token_source() -> str | None:
+    """Where Ray finds the user's token, as a user would name it: the first of its three places; None without one."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    if os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return "the file of RAY_AUTH_TOKEN_PATH"
+    return "~/.ray/auth_token" if (Path.home() / ".ray" / "auth_token").is_file() else None

@@ -234,7 +234,8 @@ class AdaptOptions(DataOptions):
     cache: bool = True
     """Keep decoded images in the data folder (about 3 MB each at full size, and 6 MB with proda)."""
     address: str | None = None
-    """Ray cluster to use, for example auto. Default: start one on this machine."""
+    """Ray cluster to join: host:port of its head, or auto. Default: that of RAY_ADDRESS, which a Ray job has; else one
+    is started on this machine. local: start one in any case."""
     own_nodes: Literal["auto", "always", "never"] = "auto"
     """Whether students and teachers go to nodes of their own, those with the custom resources student_node and
     teacher_node. auto: where the cluster has such nodes, or ray up may start them. always: wait until there is one of

@@ -92,9 +92,9 @@ def sweep(options: SweepOptions, watch: Watch, *, resume: bool = False) -> Sweep
             setup.make_scorer()  # says what is missing
         options = dataclasses.replace(options, oracle="never")
     watch("phase", {"name": "start", "text": "starting Ray", "folder": str(folder)})
-    url = cluster.start(options)
-    if url:
-        watch("message", {"text": f"Ray dashboard: {url}"})
+    used = cluster.start(options)
+    if used.sentence:
+        watch("message", {"text": used.sentence})
     teachers = options.teachers if setup.labels and options.pseudo_labels is None else 0
     room = Room.of(options, placement.capacity(), teachers, setup.learners)
     watch("message", {"text": room.sentence})

@@ -29,6 +29,7 @@ from rich.progress import (  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from actors.errors import RunError, UnreadableImage  # noqa: E402
+from actors.storage import LOCAL_OUT, StorageError, local, place, tried  # noqa: E402
 from pipelines.datasets.dataset import DataError  # noqa: E402
 from pipelines.options import AdaptOptions, DataOptions, read_config, read_options  # noqa: E402
 from pipelines.pseudo_labels.layouts import FileLayout, FolderLayout  # noqa: E402
@@ -357,7 +358,7 @@ def main(arguments: list[str]) -> int:
     console = Console(soft_wrap=True)
     try:
         return _dispatch(arguments, console)
-    except (RunError, DataError, UnreadableImage) as error:
+    except (RunError, DataError, UnreadableImage, StorageError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", highlight=False, markup=False, style="red")
         return 2
     except KeyboardInterrupt:
@@ -491,7 +492,7 @@ def _tune(arguments: list[str], console: Console) -> int:
 def _evaluate(options: EvaluateOptions, console: Console) -> int:
     from pipelines.rescore import label_lines, rescore, score_file
 
-    if Path(options.run).is_file():
+    if tried("what is to be scored cannot be opened", place(options.run).is_file):
         if options.validation is not None:
             raise RunError("--validation belongs to a run on images of your own, and this is a file of weights")
         results = score_file(options.run, options.data(), options.out, options.pixels, options.adjust_prior)
@@ -511,7 +512,7 @@ def _evaluate(options: EvaluateOptions, console: Console) -> int:
     results = rescore(config, options.adjust_prior)
     print_table(results, console)
     console.print("\n".join(label_lines(results)), highlight=False, markup=False)
-    folder = Path(options.run).absolute() / "evaluation"
+    folder = place(options.run).absolute() / "evaluation"
     console.print(f"every class in every image: {folder / 'per_image.csv'}; the worst: {folder / 'worst'}")
     return 0
 
@@ -692,6 +693,7 @@ def _sample(options: SampleOptions, console: Console) -> int:
 def _check(options: CheckOptions, console: Console) -> int:
     from pipelines.data_check import check
 
+    out = local(options.out, "--out", LOCAL_OUT)
     with _progress(console) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -700,7 +702,7 @@ def _check(options: CheckOptions, console: Console) -> int:
                 tasks[name] = bar.add_task(f"reading {name}", total=total)
             bar.update(tasks[name], completed=made)
 
-        report = check(options, Path(options.out), progress)
+        report = check(options, out, progress)
     table = Table(title="share of each class among the labelled pixels (in how many images it occurs)")
     table.add_column("")
     for domain in report.domains:

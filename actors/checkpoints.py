@@ -1,25 +1,26 @@
 """Checkpoints that are complete or not there at all.
 
-The student writes into its run directory itself, in a thread, and makes the checkpoint appear by rename: one code path
-finds the newest one after a crash, a Ctrl-C or a reboot, and a full disk leaves the previous one untouched.
+The student writes into its run directory itself, in a thread, and makes the checkpoint appear at once: by rename, or
+with an upload's end. One code path finds the newest one after a crash, a Ctrl-C or a reboot, and a full disk or a store
+that cannot be reached leaves the previous one untouched.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import pickle
 import re
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load, load_file, save
 from torch import nn
 
 from actors.errors import RunError
+from actors.storage import Place, RemotePath, StorageError, place, readable, remove_tree, whole
 
 FORMAT = 1
 STAGES = "stages"
@@ -29,21 +30,21 @@ class CheckpointStore:
     """The checkpoints of one run, newest last.
 
     Args:
-        folder: ``<run>/checkpoints``.
+        folder: ``<run>/checkpoints``, of this machine or of a store.
         keep: how many stay.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: str | Place, keep: int = 2) -> None:
+        self.folder, self.keep = place(folder), keep
         self._thread: threading.Thread | None = None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        names = self.folder.glob("step_*/state.pt") if self.folder.is_dir() else []
+        names = self.folder.glob("step_*/state.pt")
         steps = (path.parent.name.removeprefix("step_") for path in names)
         return sorted(int(step) for step in steps if step.isdigit())
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> Place:
         """Folder of the checkpoint of a step."""
         return self.folder / f"step_{step:08d}"
 
@@ -51,14 +52,19 @@ class CheckpointStore:
         """State of the newest complete checkpoint, on the CPU, or None.
 
         Raises:
-            RunError: it is damaged, or was written in a format that this version does not read.
+            RunError: it is damaged, or was written in a format that this version does not read; or the store cannot be
+                reached.
         """
-        steps = self.steps()
-        if not steps:
-            return None
-        path = self.path(steps[-1]) / "state.pt"
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            steps = self.steps()
+            if not steps:
+                return None
+            path = self.path(steps[-1]) / "state.pt"
+            file = readable(path)
+        except StorageError as error:
+            raise RunError(f"the newest checkpoint cannot be read: {error}") from error
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise RunError(f"{path} is damaged ({error}); remove its folder to go on from the one before") from error
         if state.get("format") != FORMAT:
@@ -74,27 +80,25 @@ class CheckpointStore:
         Returns:
             None, or the sentence that says why it could not be written; the previous checkpoint is then still good.
         """
-        partial = self.folder / f".step_{step:08d}.partial"
+        final = self.path(step)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            with open(partial / "state.pt", "wb") as file:
+            final.mkdir(parents=True, exist_ok=True)
+            with whole(final / "state.pt", durable=True) as file:
                 torch.save({"format": FORMAT, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            final = self.path(step)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(final, Path):
+                with contextlib.suppress(OSError):  # unless an older one of this step is in it
+                    final.rmdir()
+            cause = str(error).splitlines()[0]
+            if isinstance(error, StorageError):
+                return f"checkpoint of step {step} could not be written ({cause}); the one before it stays good."
             previous = self.steps()
             kept = f"the one of step {previous[-1]} stays good" if previous else "there is none before it"
-            cause = str(error).splitlines()[0]
             return f"checkpoint of step {step} could not be written ({cause}); {kept}. Free space in {self.folder}."
-        others = [other for other in self.steps() if other != step]  # whatever their steps, the new one stays
-        for old in others[: len(others) + 1 - self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+        with contextlib.suppress(StorageError):  # old ones that cannot be removed now go with the next one
+            others = [other for other in self.steps() if other != step]  # whatever their steps, the new one stays
+            for old in others[: len(others) + 1 - self.keep]:
+                remove_tree(self.path(old))
         return None
 
     def save_later(self, step: int, state: dict[str, Any], tell: Any) -> None:
@@ -122,7 +126,7 @@ class CheckpointStore:
             self._thread = None
 
 
-def keep_stage(folder: str | Path, step: int, name: str, network: nn.Module) -> str | None:
+def keep_stage(folder: str | Place, step: int, name: str, network: nn.Module) -> str | None:
     """Write the published weights of a stage that has ended, for whoever starts from them or scores them.
 
     Args:
@@ -134,22 +138,27 @@ def keep_stage(folder: str | Path, step: int, name: str, network: nn.Module) -> 
     Returns:
         None, or the sentence that says why it could not be written.
     """
-    path = Path(folder) / STAGES / f"step_{step:08d}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
-    partial = path.with_suffix(".partial")
+    path = place(folder) / STAGES / f"step_{step:08d}-{re.sub('[^a-z0-9]+', '-', name.lower())}.safetensors"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in snapshot(network.state_dict()).items()}, partial)
-        partial.rename(path)
+        weights = {name: tensor.contiguous() for name, tensor in snapshot(network.state_dict()).items()}
+        with whole(path) as file:
+            file.write(save(weights))
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        return f"the weights of stage {name} could not be written ({error}). Free space in {path.parent}."
+        hint = "" if isinstance(error, StorageError) else f" Free space in {path.parent}."
+        return f"the weights of stage {name} could not be written ({error}).{hint}"
     return None
 
 
-def kept_stages(folder: str | Path) -> list[tuple[int, Path]]:
+def kept_stages(folder: str | Place) -> list[tuple[int, Place]]:
     """Last step and file of every stage that has ended, but for the last one, whose weights are the run's."""
-    found = (Path(folder) / STAGES).glob("step_*.safetensors")
+    found = (place(folder) / STAGES).glob("step_*.safetensors")
     return sorted((int(path.name.split("-")[0].removeprefix("step_")), path) for path in found)
+
+
+def read_stage(path: Place) -> dict[str, torch.Tensor]:
+    """Weights that :func:`keep_stage` wrote."""
+    return load(path.read_bytes()) if isinstance(path, RemotePath) else load_file(path)
 
 
 def snapshot(value: Any) -> Any:

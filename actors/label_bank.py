@@ -8,11 +8,11 @@ decisions are :class:`LabelBook`'s, an ordinary object; :class:`LabelBank` is it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from actors.label_rounds import Header, read_round, write_round
 from actors.prior_estimate import Adjustment, PriorEstimate
 from actors.protocols import LabelPlan
 from actors.staleness import StalenessPolicy, age_statistics
+from actors.storage import place
 
 COLLAPSE_SHARE = 0.5
 """Labels of a chunk look collapsed when they offer less than this share of the pixels, or of the effective number of
@@ -637,7 +638,8 @@ class LabelBank:
         # A resumed run may go back into the round before, but not further.
         self.rounds = [*(path for path in self.rounds if path != self.round_file), self.round_file]
         while len(self.rounds) > ROUNDS_KEPT:
-            Path(self.rounds.pop(0)).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a store that cannot be reached keeps an old round
+                place(self.rounds.pop(0)).unlink(missing_ok=True)
 
     async def _version(self) -> int | None:
         """The weights version that a teacher should use now."""

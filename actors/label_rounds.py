@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.prior_estimate import Evidence, Part
+from actors.storage import RemotePath, place
 
 
 @dataclass
@@ -46,16 +48,23 @@ def write_blocks(folder: str, blocks: Iterable[pa.Table], histogram: Callable[[]
     """Write blocks in chunk order, one after the other as they come.
 
     Args:
-        folder: where the file shall be.
+        folder: where the file shall be. Of a store, the file waits on this machine until its name is known.
         blocks: at least one.
         histogram: summed over all blocks; asked for after the last one.
 
     Returns:
         The file's absolute path, ``<folder>/<digest>.parquet``. It appears by rename: complete or not at all.
     """
+    where = place(folder)
+    if isinstance(where, RemotePath):
+        with tempfile.TemporaryDirectory() as here:
+            made = Path(write_blocks(here, blocks, histogram))
+            with pa.memory_map(str(made)) as file:
+                (where / made.name).write_bytes(memoryview(file.read_buffer()))
+        return str(where / made.name)
     digest, waiting = hashlib.sha256(), iter(blocks)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    partial = Path(folder).absolute() / f".{os.getpid()}.partial"
+    where.mkdir(parents=True, exist_ok=True)
+    partial = where.absolute() / f".{os.getpid()}.partial"
     try:
         first = next(waiting)
         with pq.ParquetWriter(partial, first.schema, compression="zstd") as writer:
@@ -65,11 +74,11 @@ def write_blocks(folder: str, blocks: Iterable[pa.Table], histogram: Callable[[]
                         digest.update(memoryview(part.buffers()[-1]))
                 writer.write_table(block, row_group_size=max(1, block.num_rows))
             writer.add_key_value_metadata({"histogram": json.dumps(histogram().tolist())})
-        target = partial.with_name(f"{digest.hexdigest()[:16]}.parquet")
-        partial.rename(target)
+        final = partial.with_name(f"{digest.hexdigest()[:16]}.parquet")
+        partial.rename(final)
     finally:
         partial.unlink(missing_ok=True)
-    return str(target)
+    return str(final)
 
 
 def read_round(path: str, blocks: int) -> tuple[Any, ...]:
@@ -81,7 +90,8 @@ def read_round(path: str, blocks: int) -> tuple[Any, ...]:
     Raises:
         ValueError: the file holds another number of blocks than this run has.
     """
-    file = pq.ParquetFile(path)
+    where = place(path)
+    file = pq.ParquetFile(where.open_seekable() if isinstance(where, RemotePath) else where)
     if file.num_row_groups != blocks:
         raise ValueError(
             f"{path} holds {file.num_row_groups} blocks of labels, this run needs {blocks}: "

@@ -1,14 +1,25 @@
 """What everybody tells and the driver watches: one writer for all metrics, and the request to stop.
 
 The names of the numbers are the same in the terminal, in ``metrics.jsonl``, in TensorBoard and in ``results.json``.
+Nothing can be appended to what lies in an object store, so there the files are written on this machine and copied.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from actors.storage import RemotePath, place, remove_tree
+
+METRICS = "metrics.jsonl"
+COPY_SECONDS = 5.0
+"""How often files are copied to a store, at most."""
+COPY_SHARE = 0.05
+"""Of the time, that copying may take: the files of a long run are copied less often."""
 
 
 class RunLog:
@@ -20,7 +31,12 @@ class RunLog:
     """
 
     def __init__(self, folder: str, events: bool = True) -> None:
-        self.folder, self.events = Path(folder), events
+        target = place(folder)
+        self.copies: Copies | None = None
+        if isinstance(target, RemotePath):
+            self.copies = Copies(Path(tempfile.mkdtemp(prefix="metrics-")), target)
+            target = self.copies.source
+        self.folder, self.events = target, events
         self.folder.mkdir(parents=True, exist_ok=True)
         self.newest: dict[str, Any] = {}
         self.messages: list[str] = []
@@ -42,7 +58,7 @@ class RunLog:
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **numbers}
         self.newest.setdefault(kind, {}).update(line)
         try:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self._write_events(kind, step, numbers)
         except OSError:
@@ -66,6 +82,26 @@ class RunLog:
             "dropped_lines": self.dropped_lines,
         }
 
+    def flush(self) -> str | None:
+        """Write down everything that was heard so far, where the run's files are.
+
+        Returns:
+            None, or the sentence that says why it could not be done.
+        """
+        if self._events is not None:
+            self._events.flush()
+        return None if self.copies is None else self.copies.make()
+
+    def close(self) -> str | None:
+        """The last call: :meth:`flush`, and what was kept on this machine for a store goes."""
+        if self._events is not None:
+            self._events.close()  # waits for curves that flushing does not
+        self.events, self._events = False, None
+        sentence = self.flush()
+        if self.copies is not None and sentence is None:
+            remove_tree(self.copies.source)
+        return sentence
+
     def request_stop(self) -> None:
         """Ask the students to save and return; they poll :meth:`should_stop`."""
         self.stop_requested = True
@@ -84,3 +120,49 @@ class RunLog:
             self._events = SummaryWriter(str(self.folder / "events"), flush_secs=5)
         for name, value in scalars.items():
             self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+class Copies:
+    """Keeps copies of a folder's files in a store, in a thread, from now on until the process ends.
+
+    Args:
+        source: on this machine.
+        target: there; its metrics are continued.
+    """
+
+    def __init__(self, source: Path, target: RemotePath) -> None:
+        self.source, self.target = source, target
+        self._lock = threading.Lock()
+        self._copied: dict[Path, tuple[int, int]] = {}
+        before = target / METRICS
+        if before.exists():
+            lines = before.read_bytes()
+            cut_off = lines and not lines.endswith(b"\n")  # by whoever died while it wrote
+            (source / METRICS).write_bytes(lines + (b"\n" if cut_off else b""))
+        threading.Thread(target=self._go_on, name="copies", daemon=True).start()
+
+    def make(self) -> str | None:
+        """Copy what has changed since the last time.
+
+        Returns:
+            None, or the sentence that says why it could not be done; it is tried again the next time.
+        """
+        with self._lock:
+            try:
+                for file in sorted(item for item in self.source.rglob("*") if item.is_file()):
+                    content = file.stat()
+                    state = content.st_size, content.st_mtime_ns
+                    if self._copied.get(file) != state:
+                        (self.target / file.relative_to(self.source).as_posix()).write_bytes(file.read_bytes())
+                        self._copied[file] = state
+                return None
+            except OSError as error:
+                return f"metrics could not be copied: {error}; they are in {self.source} of the head node"
+
+    def _go_on(self) -> None:
+        took = 0.0
+        while True:
+            time.sleep(max(COPY_SECONDS, took / COPY_SHARE))
+            began = time.monotonic()
+            self.make()
+            took = time.monotonic() - began

@@ -36,6 +36,7 @@ from actors.protocols import (
 from actors.publisher import Publisher, TeachingNetwork
 from actors.reward_board import Standing
 from actors.staleness import age_statistics
+from actors.storage import place
 from models.networks.statistics import norm_statistics
 from models.schedule import set_rate
 
@@ -201,7 +202,7 @@ class Student:
                     f"use a number of students that divides {stage.batch}"
                 )
         self.plan, self.link, self.rank, self.world, self.device = plan, link, rank, world, device
-        self.store = CheckpointStore(f"{plan.folder}/checkpoints")
+        self.store = CheckpointStore(place(plan.folder) / "checkpoints")
         torch.manual_seed(plan.seed)
         self.network = self._take(plan.network)
         self.precision = precision_on(device) if plan.precision == "auto" else plan.precision

@@ -25,6 +25,7 @@ from actors.labeller import helper_device, load_weights
 from actors.protocols import RawBatch, Reward, RunPlan, Stream, View
 from actors.publisher import Publisher
 from actors.reward_board import Standing
+from actors.storage import place
 from actors.student import Student
 
 LOOK_SECONDS = 0.25
@@ -193,7 +194,7 @@ def teachers_plan(
         plan,
         network=plan.network_of(stage - 1),
         stages=(replace(teacher, streams=streams),),
-        folder=f"{plan.folder}/teacher/{stage + 1}",
+        folder=str(place(plan.folder) / "teacher" / str(stage + 1)),
         evaluate_every=0,
         initial=initial,
     )

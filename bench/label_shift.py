@@ -127,7 +127,7 @@ class Seed:
             _, weights = trained(setup)
             seconds = time.perf_counter() - began
             for _, kept in kept_stages(setup.plan.folder):
-                self.write("source stage", arguments, **self.score(setup, load_file(kept)))
+                self.write("source stage", arguments, **self.score(setup, load_file(str(kept))))
             name = "source stage" if last == "1" else "adversarial stage"
             self.write(name, arguments, **self.score(setup, weights), seconds=seconds)
             save_file({key: np.array(array, order="C") for key, array in weights.items()}, path)
@@ -182,7 +182,7 @@ class Seed:
         link, weights = trained(setup)
         seconds = time.perf_counter() - began
         for _, kept in kept_stages(setup.plan.folder):
-            self.write(CONTROL if UNSHIFTED in arguments else CR, arguments, **self.score(setup, load_file(kept)))
+            self.write(CONTROL if UNSHIFTED in arguments else CR, arguments, **self.score(setup, load_file(str(kept))))
         prior = None if link.made is None or link.made.prior is None else link.made.prior.target.tolist()
         self.write(name, arguments, **self.score(setup, weights), seconds=seconds, target=prior)
 

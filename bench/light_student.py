@@ -117,13 +117,14 @@ def row(name: str, benchmark: str, seed: int, folder: Path) -> None:
         setup = prepared(arguments, folder / slug(name))
     weights, seconds = trained(setup, setup.plan)
     stages = {
-        path.stem: scorer_of(setup, setup.plan).score(_read(path))["miou"] for _, path in kept_stages(setup.plan.folder)
+        path.stem: scorer_of(setup, setup.plan).score(_read(str(path)))["miou"]
+        for _, path in kept_stages(setup.plan.folder)
     }
     miou = scorer_of(setup, setup.plan).score(weights)["miou"]
     write(name, benchmark, seed, arguments, miou=miou, seconds=seconds, stages=stages, teacher=teacher)
 
 
-def _read(path: Path) -> Weights:
+def _read(path: str) -> Weights:
     from safetensors.numpy import load_file
 
     return load_file(path)

@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
-from safetensors.torch import load_file
 
-from actors.checkpoints import CheckpointStore, kept_stages
+from actors.checkpoints import CheckpointStore, kept_stages, read_stage
 from actors.crew import Crew
 from actors.errors import RunError, UnreadableImage, last_line
 from actors.label_bank import LabelBank
@@ -25,6 +23,7 @@ from actors.link import Handles, train_alone, train_here, train_loop
 from actors.reward_board import RewardBoard
 from actors.run_log import RunLog
 from actors.showcase import Shown
+from actors.storage import Place, place
 from actors.team import SECONDS_TO_MENTION, Demand, Team
 from actors.trainable_teacher import TrainableTeacher
 from actors.weight_board import WeightBoard
@@ -43,6 +42,9 @@ from pipelines.trained import check_same_classes, describe
 WATCH_SECONDS = 0.5
 MAX_RESTARTS = 3
 """How often Ray Train starts dead students again before it gives up."""
+
+SECONDS_TO_COPY = 60.0
+"""How long the last metrics may take to where the run's files are."""
 
 SECONDS_TO_SAVE = 30.0
 """How long a teacher that learns may take to save itself when its student has ended."""
@@ -79,9 +81,9 @@ class Manner:
 class Outcome:
     """How a run ended."""
 
-    folder: Path
+    folder: Place
     results: dict[str, Any] | None = None
-    report: Path | None = None
+    report: Place | None = None
     stopped: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -216,7 +218,7 @@ class Run:
 
     def execute(self, interrupt: Interrupt) -> Outcome:
         """Train, train the references, score, write the result."""
-        outcome = Outcome(Path(self.setup.plan.folder), seconds=self.seconds)
+        outcome = Outcome(place(self.setup.plan.folder), seconds=self.seconds)
         try:
             self._start_bank()
             student = self._train(interrupt)
@@ -238,12 +240,13 @@ class Run:
 
     def _results(self, student: dict[str, Any], references: dict[str, Any]) -> dict[str, Any]:
         """Score, and write what came out into the run directory."""
-        folder, classes = Path(self.setup.plan.folder), self.setup.benchmark.classes
+        folder, classes = place(self.setup.plan.folder), self.setup.benchmark.classes
         scores, label_free, shown = self._score(references)
         confusion = scores.get("adapted", {}).get("confusion")
         for row in [*scores.values(), label_free["recommended_score"] or {}]:
             row.pop("confusion", None)
         teachers = self.teacher_status
+        self._keep_metrics(self.run_log.flush)
         if not teachers:  # resumed after its last step: no bank began, and the last one's words are in the metrics
             teachers = next(reversed(read_history(folder / "metrics.jsonl").of("teachers")), {})
         history = read_history(folder / "metrics.jsonl")
@@ -276,7 +279,7 @@ class Run:
                 len(setup.domains.target),
                 setup.label_rows(),
                 self.labelling,
-                folder=f"{setup.plan.folder}/labels",
+                folder=str(place(setup.plan.folder) / "labels"),
                 given=given,
                 label_age=setup.label_age,
             )
@@ -284,7 +287,7 @@ class Run:
     def _given_round(self, table: Table, stage: int) -> str:
         """The user's pseudo labels as a round of a stage; the file's path."""
         setup, target = self.setup, self.setup.domains.target
-        folder = f"{setup.plan.folder}/labels"
+        folder = str(place(setup.plan.folder) / "labels")
         made = write_given_round(table, target, setup.labels[stage], setup.label_rows()[stage], folder)
         if made.missing:
             text = f"{made.missing} of {len(target)} target images have no pseudo label in {table.path}"
@@ -337,7 +340,7 @@ class Run:
             self.reader,
             self.board,
             self.run_log,
-            f"{plan.folder}/recommended",
+            str(place(plan.folder) / "recommended"),
             setup.options.threads,
             setup.make_source_scorer(),
         )
@@ -373,7 +376,7 @@ class Run:
             ),
             run_config=ray.train.RunConfig(
                 name=f"{time.time_ns()}",
-                storage_path=f"{setup.plan.folder}/train",
+                storage_path=str(place(setup.plan.folder) / "train"),
                 failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=2),
             ),
         )
@@ -475,7 +478,7 @@ class Run:
 
     def _reopen_round(self) -> None:
         """Give the bank back the finished round of ``refresh="once"`` that the newest checkpoint names."""
-        state = CheckpointStore(f"{self.setup.plan.folder}/checkpoints").newest()
+        state = CheckpointStore(place(self.setup.plan.folder) / "checkpoints").newest()
         if state is None:
             return
         self.step = state["step"]
@@ -559,7 +562,7 @@ class Run:
         began = time.monotonic()
         self.watch("phase", {"name": "score", "text": "scoring"})
         self._start_helpers()
-        state = CheckpointStore(f"{self.setup.plan.folder}/checkpoints").newest()
+        state = CheckpointStore(place(self.setup.plan.folder) / "checkpoints").newest()
         if state is None or state["step"] != self.setup.plan.total_steps:
             raise RunError(
                 f"the last step could not be saved, so there is nothing to score: free space in "
@@ -578,7 +581,7 @@ class Run:
             if not self.manner.brief:
                 jobs["recommended"] = self.evaluator.score_recommended.remote()
                 for step, path in kept_stages(self.setup.plan.folder):
-                    jobs[after_step(step)] = self.evaluator.score_weights.remote(_as_numpy(load_file(path)))
+                    jobs[after_step(step)] = self.evaluator.score_weights.remote(_as_numpy(read_stage(path)))
             for name, weights in references.items():
                 jobs[name] = self.evaluator.score_weights.remote(weights)
             if "source_only" in references:
@@ -596,7 +599,17 @@ class Run:
         label_free = {**found.pop("label_free"), "recommended_score": found.pop("recommended", None)}
         return found, label_free, shown
 
+    def _keep_metrics(self, method: Any) -> None:
+        """Have all metrics where the run's files are; whoever is killed next writes nothing any more."""
+        try:
+            sentence = ray.get(method.remote(), timeout=SECONDS_TO_COPY)
+        except ray.exceptions.RayError as error:
+            sentence = f"the last metrics may be missing: {last_line(error)}"
+        if sentence is not None:
+            self.watch("message", {"text": sentence})
+
     def _end(self) -> None:
+        self._keep_metrics(self.run_log.close)
         own = (self.learner, self.bank, self.board, self.labelling, self.rewards, self.run_log)
         for actor in dict.fromkeys(own):
             if actor is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from actors.storage import Place, StorageError, place
 from pipelines.datasets import cityscapes, gta5, robotcar, synthia
 from pipelines.datasets.classes import CITYSCAPES_13, CITYSCAPES_16, CITYSCAPES_19, PROTOCOLS, ROBOTCAR_9, ClassSet
 from pipelines.datasets.dataset import DataError, Size, Split, image_size
@@ -167,10 +168,10 @@ _NARROWER = {16: CITYSCAPES_16, 13: CITYSCAPES_13}
 class Published(Benchmark):
     """A pair of published datasets, or their miniature."""
 
-    source_folder: Callable[[Path], Path]
-    target_folder: Callable[[Path], Path]
-    open_source: Callable[[Path], Split]
-    open_target: Callable[[Path], tuple[Split, Split | None, Split]]
+    source_folder: Callable[[Place], Place]
+    target_folder: Callable[[Place], Place]
+    open_source: Callable[[Place], Split]
+    open_target: Callable[[Place], tuple[Split, Split | None, Split]]
     kept: tuple[int, ...] | None = None
     """Which of its readers' train ids are left, in the order of `classes`; None where all are."""
     only_miniature: bool = False
@@ -199,21 +200,24 @@ class Published(Benchmark):
             kept=kept,
         )
 
-    def open(self, data_root: str | Path) -> Domains:
+    def open(self, data_root: str | Place) -> Domains:
         """Open the published datasets under `data_root`.
 
         Raises:
             DataError: a dataset, a folder or a label file is missing; says which one and what is expected. Or there are
-                no such datasets.
+                no such datasets, or the store that they are in cannot be reached.
         """
         if self.only_miniature:
             raise DataError(
                 f"{self.name} exists only as a miniature: no real datasets differ in class frequencies alone. "
                 "Leave the data root out, or choose another benchmark."
             )
-        return self._opened(Path(data_root))
+        try:
+            return self._opened(place(data_root))
+        except StorageError as error:
+            raise DataError(f"the data root cannot be read: {error}") from error
 
-    def _opened(self, root: Path) -> Domains:
+    def _opened(self, root: Place) -> Domains:
         if not root.is_dir():
             raise DataError(
                 f"the data root {root} does not exist or is not a folder; give the folder that holds the datasets"
@@ -336,7 +340,7 @@ def _shrunk(size: Size, factor: float) -> Size:
 def _listed(path: str, pool: Split) -> list[int]:
     """Indices of the images that the lines of a file name, each once, in the order of the split."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = place(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list of target labels {path} cannot be read: {error}") from error
     wanted = [name for line in lines if (name := line.split("#")[0].strip())]
@@ -344,7 +348,7 @@ def _listed(path: str, pool: Split) -> list[int]:
         raise DataError(f"{path} names no image; write one a line, for example {pool.image_ids[0]}")
     ends: dict[str, set[int]] = {}
     for index, (image_id, image_path) in enumerate(zip(pool.image_ids, pool.image_paths, strict=True)):
-        parts = Path(image_path).parts
+        parts = place(image_path).parts
         for name in (image_id, image_path, *("/".join(parts[start:]) for start in range(1, len(parts)))):
             ends.setdefault(name, set()).add(index)
     unknown = [name for name in wanted if name not in ends]
@@ -360,10 +364,10 @@ def _listed(path: str, pool: Split) -> list[int]:
     return sorted({index for name in wanted for index in ends[name]})
 
 
-def _finder(dataset: str, names: Sequence[str], landmark: str) -> Callable[[Path], Path]:
+def _finder(dataset: str, names: Sequence[str], landmark: str) -> Callable[[Place], Place]:
     """Find a dataset's root below the data root by any of its usual names and the folder `landmark` in it."""
 
-    def find(root: Path) -> Path:
+    def find(root: Place) -> Place:
         for name in names:
             if (root / name / landmark).is_dir():
                 return root / name
@@ -377,21 +381,21 @@ def _finder(dataset: str, names: Sequence[str], landmark: str) -> Callable[[Path
     return find
 
 
-def _cityscapes_target(root: Path) -> tuple[Split, Split | None, Split]:
+def _cityscapes_target(root: Place) -> tuple[Split, Split | None, Split]:
     labelled = cityscapes.train(root) if cityscapes.has_train_labels(root) else None
     return cityscapes.train_without_labels(root), labelled, cityscapes.validation(root)
 
 
-def _robotcar_target(root: Path) -> tuple[Split, Split | None, Split]:
+def _robotcar_target(root: Place) -> tuple[Split, Split | None, Split]:
     labelled = robotcar.train(root) if robotcar.has_train_labels(root) else None
     return robotcar.train_without_labels(root), labelled, robotcar.validation(root)
 
 
-def _cityscapes_source(root: Path) -> Split:
+def _cityscapes_source(root: Place) -> Split:
     return cityscapes.train(root, cityscapes.ENCODING_9)
 
 
-def _cityscapes_shifted(root: Path) -> Path:
+def _cityscapes_shifted(root: Place) -> Place:
     return root / "Cityscapes-shifted"
 
 

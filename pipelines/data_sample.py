@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from actors.errors import RunError
+from actors.storage import local
 from pipelines.datasets.cityscapes import LABEL_IDS
 from pipelines.datasets.classes import CITYSCAPES_19
 from pipelines.datasets.miniature import write_miniature
@@ -29,7 +30,7 @@ def write_sample(folder: str | Path, size: str) -> tuple[Path, Path, Path]:
     Raises:
         RunError: the folder holds something, or cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = local(str(folder), "the folder", "pictures are rendered into it, and it appears by rename").absolute()
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} exists already and is not empty; give another folder")

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from actors.storage import status_of
+
 Size = tuple[int, int]
 DECODER_VERSION = 2
 
@@ -48,7 +50,7 @@ class DecodeCache:
         if self.folder is None:
             return decode()
         try:
-            status = os.stat(path)
+            status = status_of(path)
         except OSError:
             return decode()  # says better than we could why it cannot be read
         key = f"{DECODER_VERSION}|{path}|{status.st_size}|{status.st_mtime_ns}|{size}|{kind}"

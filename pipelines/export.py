@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.errors import RunError
+from actors.storage import LOCAL_OUT, Place, local, place
 from models.networks.deeplab import DeepLabConfig
 from models.networks.layouts import FADA_PARTS, PARALLEL_PREFIX, with_published_copies
 from models.networks.proda import PROTOTYPES
@@ -93,7 +94,7 @@ def export(
         RunError: the folder is no run, has no checkpoint, or one that the layout cannot hold; the options do not belong
             together; a file does not compute what the network does; or the files cannot be written.
     """
-    folder, target = Path(run).absolute(), Path(out).absolute()
+    folder, target = place(run).absolute(), local(out, "--out", LOCAL_OUT).absolute()
     if layout in FORMATS:
         return _whole_network(folder, target, FORMATS[layout], weights, size, dynamic=dynamic)
     if size is not None or dynamic:
@@ -117,7 +118,7 @@ def export(
 
 
 def _whole_network(
-    folder: Path, target: Path, format: Format, weights: Weights, size: Size | None, *, dynamic: bool
+    folder: Place, target: Path, format: Format, weights: Weights, size: Size | None, *, dynamic: bool
 ) -> Exported:
     """``<run>_<step>.onnx`` or ``.pt2``, opened again and compared with the network, and its card."""
     check_needed(format)
@@ -166,7 +167,7 @@ def _whole_network(
     return Exported(model, (beside,), trained.step, parameters, measured[0])
 
 
-def _mrnet(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
+def _mrnet(folder: Place, saved: Mapping[str, Any], network: Segmenter) -> Files:
     """``GTA5_<step>.pth``, a flat state dict as MRNet's and EPLC's, and the ``opts.yaml`` that their code needs.
 
     Of a checkpoint of stage I also the discriminators of the auxiliary and of the primary head, ``_D1`` and ``_D2``.
@@ -187,7 +188,7 @@ def _mrnet(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
     }
 
 
-def _proda(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
+def _proda(folder: Place, saved: Mapping[str, Any], network: Segmenter) -> Files:
     """``from_<source>_to_<target>_on_deeplabv2_<step>_model.pkl``, and the prototypes in a file of their own.
 
     A checkpoint of the warm-up has no prototypes yet: they are zeros in the one file, and there is no other. Its
@@ -205,7 +206,7 @@ def _proda(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
     return files
 
 
-def _bisenet(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
+def _bisenet(folder: Place, saved: Mapping[str, Any], network: Segmenter) -> Files:
     """``bisenet_<step>.pth``, as the adversarial and the meta-pseudo-label runs kept it, without their optimisers.
 
     The discriminator goes along where the objective owns one.
@@ -218,7 +219,7 @@ def _bisenet(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> File
     return {f"bisenet_{step}.pth": partial(torch.save, container)}
 
 
-def _fada(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
+def _fada(folder: Place, saved: Mapping[str, Any], network: Segmenter) -> Files:
     """``fada_<step>.pth``, as FADA and "Undoing label shift" keep it, without optimisers: both parts apart.
 
     The discriminator goes along where the objective owns one.
@@ -233,7 +234,7 @@ def _fada(folder: Path, saved: Mapping[str, Any], network: Segmenter) -> Files:
     return {f"fada_{step}.pth": partial(torch.save, container)}
 
 
-LAYOUTS: dict[Heads, Callable[[Path, Mapping[str, Any], Segmenter], Files]] = {
+LAYOUTS: dict[Heads, Callable[[Place, Mapping[str, Any], Segmenter], Files]] = {
     "mrnet": _mrnet,
     "proda": _proda,
     "bisenet": _bisenet,
@@ -253,23 +254,23 @@ def _owned(saved: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     return owned
 
 
-def _score(folder: Path, step: int) -> float | None:
+def _score(folder: Place, step: int) -> float | None:
     """Mean IoU of the run's end as a share; None for another step, and where nothing was scored."""
     results = _results(folder)
     found = results["scores"]["adapted"] if results.get("steps") == step else None
     return None if found is None else found["miou"] / 100
 
 
-def _domains(folder: Path) -> tuple[str, str]:
+def _domains(folder: Place) -> tuple[str, str]:
     """What file names call source and target; of images of one's own, the names of the TOML files."""
     options = read_config(folder)
     if options.source is not None and options.target is not None:
-        return Path(options.source).stem, Path(options.target).stem
+        return place(options.source).stem, place(options.target).stem
     source, _, target = options.benchmark.partition("2")
     return DATASETS.get(source, source), DATASETS.get(target, target)
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def _results(folder: Place) -> dict[str, Any]:
     """What ``results.json`` of a run says; nothing before its end."""
     path = folder / "results.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -6,12 +6,12 @@ import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import tomli_w
 
 from actors.errors import RunError
+from actors.storage import Place, local, place, tried, write_whole
 from pipelines.choices import check_choices
 from pipelines.recipes import recipe
 from pipelines.recipes.eplc import EplcOptions
@@ -58,7 +58,8 @@ class DataOptions:
     """TOML file of labelled target images to score on. Default: those of --target that have labels; with it, the
     labels of --target are the oracle's, where references are trained."""
     data_root: str | None = None
-    """Folder with the real datasets. Without it the benchmark runs on its rendered miniature."""
+    """Folder with the real datasets, or its address, s3://bucket/data or gs://bucket/data. Without it the benchmark
+    runs on its rendered miniature."""
     preset: Literal["auto", "full", "mini", "tiny"] = "auto"
     """Schedule and size. auto: full on real data, mini on the miniature and on images of your own."""
     data: str = "data"
@@ -66,6 +67,10 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        local(self.data, "--data", "miniatures and decoded images are mapped into memory")
+        for given in (self.source, self.target, self.validation, self.data_root):
+            if given is not None:
+                place(given)  # says what is wrong with an address
         if (self.source is None) != (self.target is None):
             given, missing = ("source", "target") if self.target is None else ("target", "source")
             raise RunError(f"--{given} is given without --{missing}; a benchmark of your own needs both")
@@ -230,7 +235,7 @@ class AdaptOptions(DataOptions):
     name: str | None = None
     """Name of the run directory. Default: benchmark, recipe, seed and the time of day."""
     runs: str = "runs"
-    """Folder of all run directories."""
+    """Folder of all run directories, or its address, s3://bucket/runs or gs://bucket/runs."""
     cache: bool = True
     """Keep decoded images in the data folder (about 3 MB each at full size, and 6 MB with proda)."""
     address: str | None = None
@@ -259,6 +264,7 @@ class AdaptOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        place(self.runs)  # says what is wrong with an address
         for name in ("students", "teachers", "threads"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name} is {getattr(self, name)}; a run needs at least one")
@@ -352,7 +358,7 @@ class AdaptOptions(DataOptions):
         """As asked for; the published runs computed in float32."""
         return "float32" if self.precision == "auto" and self.faithful else self.precision
 
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """The run directory, absolute.
 
         Raises:
@@ -360,7 +366,7 @@ class AdaptOptions(DataOptions):
         """
         if self.name is None:
             raise RunError("this run has no name yet")
-        return Path(self.runs).absolute() / self.name
+        return place(self.runs).absolute() / self.name
 
 
 GROUPS: dict[str, type[Any]] = {"prior": PriorOptions, **RECIPE_OPTIONS}
@@ -385,17 +391,19 @@ def command_line(options: AdaptOptions) -> str:
 
 
 def write_config(options: AdaptOptions) -> None:
-    """Write the resolved options beside the run."""
-    write_options(options.folder() / "config.toml", options)
+    """Write the resolved options beside the run.
+
+    Raises:
+        RunError: the store that it is in refuses, or cannot be reached.
+    """
+    tried("the run directory cannot be written", lambda: write_options(options.folder() / "config.toml", options))
 
 
-def write_options(path: Path, options: AdaptOptions, comment: str = "") -> None:
+def write_options(path: Place, options: AdaptOptions, comment: str = "") -> None:
     """Write options as TOML, below a comment, by rename: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = "".join(f"# {line}\n" for line in comment.splitlines())
-    partial = path.with_suffix(".partial")
-    partial.write_text(head + tomli_w.dumps(_without_none(dataclasses.asdict(options))), encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, head + tomli_w.dumps(_without_none(dataclasses.asdict(options))))
 
 
 def _without_none(value: dict[str, Any]) -> dict[str, Any]:
@@ -405,15 +413,16 @@ def _without_none(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_config(folder: str | Path) -> AdaptOptions:
+def read_config(folder: str | Place) -> AdaptOptions:
     """Options of an existing run.
 
     Raises:
-        RunError: the folder is no run, or its config has an option that this version does not know.
+        RunError: the folder is no run, its config has an option that this version does not know, or the store that it
+            is in cannot be reached.
     """
-    folder = Path(folder).absolute()
+    folder = place(folder).absolute()
     path = folder / "config.toml"
-    if not path.is_file():
+    if not tried("the run cannot be opened", path.is_file):
         raise RunError(f"{folder} is no run directory: it has no config.toml. Give a folder that a run printed.")
     return dataclasses.replace(read_options(path), runs=str(folder.parent), name=folder.name)
 
@@ -421,14 +430,14 @@ def read_config(folder: str | Path) -> AdaptOptions:
 Options = TypeVar("Options", bound=AdaptOptions)
 
 
-def read_options(path: str | Path, kind: type[Options] = AdaptOptions) -> Options:  # type: ignore[assignment]
+def read_options(path: str | Place, kind: type[Options] = AdaptOptions) -> Options:  # type: ignore[assignment]
     """Options in a file that :func:`write_options` wrote, or somebody by hand.
 
     Raises:
         RunError: there is no such file, or it has an option or a value that this version does not know.
     """
     try:
-        plain: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        plain: dict[str, Any] = tomllib.loads(place(path).read_text(encoding="utf-8"))
         nested: dict[str, Any] = {name: group(**plain.pop(name, {})) for name, group in GROUPS.items()}
         return kind(**plain, **nested)
     except OSError as error:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from actors.storage import Place, whole
 from pipelines.datasets.classes import IGNORE, ClassSet
 
 OPACITY = 0.55
@@ -97,17 +96,12 @@ def with_key(picture: NDArray[np.uint8], classes: ClassSet, shown: Sequence[int]
     return canvas
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture by rename: complete or not at all.
+def save(picture: Image.Image, path: Place) -> None:
+    """Write a picture; it appears complete or not at all.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        picture.save(partial, format={".png": "PNG", ".jpg": "JPEG"}[path.suffix], quality=90)
-        partial.rename(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with whole(path) as file:
+        picture.save(file, format={".png": "PNG", ".jpg": "JPEG"}[path.suffix], quality=90)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from actors.errors import RunError, UnreadableImage
+from actors.storage import LOCAL_OUT, Place, is_remote, local
 from models.label_shift import adjusted_logits
 from models.networks.segmenter import upsample
 from models.uncertainty import UncertaintyRule, draw_masks, mean_probabilities, monte_carlo_labels, trunk_views
@@ -57,7 +58,7 @@ class Prediction:
 class Predicted:
     """What was written."""
 
-    origin: Path
+    origin: Place
     """Run directory, or file of the exported model."""
     step: int
     out: Path
@@ -70,7 +71,7 @@ class PicturePredictor(Protocol):
     """What looks at pictures."""
 
     @property
-    def origin(self) -> Path:
+    def origin(self) -> Place:
         """Run directory, or file of the exported model."""
         ...
 
@@ -160,13 +161,14 @@ class ModelPredictor:
     """
 
     def __init__(self, path: str | Path, threads: int, adjust_prior: str = "none") -> None:
-        self.origin = Path(path).absolute()
-        model_format = format_of(self.origin)
-        self.card = read_card(self.origin)
+        file = local(str(path), "--model", "a model is mapped into memory").absolute()
+        self.origin: Place = file
+        model_format = format_of(file)
+        self.card = read_card(file)
         self.step, self.classes = self.card.step, self.card.classes
         prior = prior_for(adjust_prior, self.classes.names, None)
         self.offset = torch.zeros(len(self.classes)) if prior is None else torch.from_numpy(prior.offset).float()
-        self.run = open_model(self.origin, model_format, threads)
+        self.run = open_model(file, model_format, threads)
 
     def __call__(self, image: NDArray[np.uint8]) -> Prediction:
         """See :class:`PicturePredictor`.
@@ -232,7 +234,7 @@ def predict(
         RunError: there is no such run, model, table or picture, none of the pictures can be read, or the results cannot
             be written.
     """
-    target = Path(out).resolve()
+    target = local(out, "--out", LOCAL_OUT).resolve()
     try:
         found = find_pictures(paths)
     except OSError as error:
@@ -300,6 +302,8 @@ def find_pictures(paths: Sequence[str]) -> list[tuple[Path, Path]]:
     """
     found: dict[Path, Path] = {}
     for given in paths:
+        if is_remote(given):
+            raise RunError(f"{given.partition('://')[0]}://… cannot be looked for pictures; copy them to this machine")
         path = Path(given)
         if path.is_dir():
             inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in ENDINGS and item.is_file())

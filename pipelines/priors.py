@@ -24,6 +24,7 @@ import numpy as np
 import tomli_w
 
 from actors.errors import RunError
+from actors.storage import Place, place, write_whole
 from models.priors import log_ratio, shares
 
 if sys.version_info >= (3, 11):
@@ -78,7 +79,7 @@ def published_pixel_shares(name: str) -> np.ndarray:
     return np.array(_plain(_tables() / f"{name}.toml")["source_pixels"], np.float64)
 
 
-def read_prior(path_or_name: str | Path, class_names: Sequence[str]) -> Prior:
+def read_prior(path_or_name: str | Place, class_names: Sequence[str]) -> Prior:
     """Read the class frequencies for a run.
 
     Args:
@@ -90,7 +91,7 @@ def read_prior(path_or_name: str | Path, class_names: Sequence[str]) -> Prior:
             the run's; in a sentence that says what to write.
     """
     name = str(path_or_name)
-    path = _tables() / f"{name}.toml" if name in published_names() else Path(name)
+    path = _tables() / f"{name}.toml" if name in published_names() else place(name)
     plain = _plain(path)
     classes = _classes(path, plain["classes"])
     wanted = tuple(class_names)
@@ -118,19 +119,17 @@ def read_prior(path_or_name: str | Path, class_names: Sequence[str]) -> Prior:
     )
 
 
-def write_prior(path: Path, prior: Prior) -> None:
-    """Write class frequencies as :func:`read_prior` reads them, by rename: complete or not at all."""
+def write_prior(path: Place, prior: Prior) -> None:
+    """Write class frequencies as :func:`read_prior` reads them; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(tomli_w.dumps(asdict(prior)), encoding="utf-8")
-    partial.rename(path)
+    write_whole(path, tomli_w.dumps(asdict(prior)))
 
 
 def _tables() -> Path:
     return Path(str(resources.files(__package__).joinpath("published_priors")))
 
 
-def _plain(path: Path) -> dict[str, Any]:
+def _plain(path: Place) -> dict[str, Any]:
     """The keys of a file, all there and none unknown."""
     try:
         if not path.is_file():
@@ -155,7 +154,7 @@ def _plain(path: Path) -> dict[str, Any]:
     return plain
 
 
-def _classes(path: Path, value: Any) -> tuple[str, ...]:
+def _classes(path: Place, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
         raise RunError(f"{path}: classes is {value!r}; give a list of names")
     twice = [name for name in value if value.count(name) > 1]
@@ -164,7 +163,7 @@ def _classes(path: Path, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _shares(path: Path, plain: dict[str, Any], key: str, count: int) -> np.ndarray:
+def _shares(path: Place, plain: dict[str, Any], key: str, count: int) -> np.ndarray:
     """Shares of a list of shares or counts."""
     value = plain[key]
     numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
@@ -178,7 +177,7 @@ def _shares(path: Path, plain: dict[str, Any], key: str, count: int) -> np.ndarr
         raise RunError(f"{path}: {key} has no class frequencies: {error}") from error
 
 
-def _text(path: Path, plain: dict[str, Any], key: str) -> str:
+def _text(path: Place, plain: dict[str, Any], key: str) -> str:
     value = plain.get(key, "")
     if not isinstance(value, str):
         raise RunError(f"{path}: {key} is {value!r}; give a text")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import heapq
+import io
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from actors.checkpoints import STAGES
 from actors.errors import RunError
 from actors.evaluator import Scorer
+from actors.storage import LOCAL_OUT, Place, local, place, write_whole
 from models.networks.build import Build, Config
 from models.networks.layouts import BISENET_COPY, described, is_whole_network, strip_parallel
 from models.networks.segmenter import Pixels
@@ -110,6 +111,7 @@ def score_file(
             alone; there are no such pixels; or the results cannot be written.
         DataError: the data are not where or what they should be.
     """
+    folder = local(out, "--out", LOCAL_OUT).absolute()
     if pixels is not None and pixels not in PIXELS:
         raise RunError(f"--pixels is {pixels}; choose one of {', '.join(PIXELS)}")
     state = read_weights(path)
@@ -121,21 +123,21 @@ def score_file(
     options = AdaptOptions(**data, init=path, name="file", references="never")
     setup = resolve(_scored_as(options, described(state)), to_train=False)
     config = described(state, setup.preset.network)  # perhaps with a norm that the recipe's own has not
-    config = replace(config, pixels=pixels or _pixels_of(Path(path), state, config))
+    config = replace(config, pixels=pixels or _pixels_of(place(path), state, config))
     setup = replace(setup, plan=replace(setup.plan, network=Build(config)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = setup.make_scorer()(device)
     check_initial(path, scorer.network)
     load_initial(path, scorer.network)
     weights = {name: tensor.cpu().numpy() for name, tensor in scorer.network.state_dict().items()}
-    prior = _adjust(setup, scorer, weights, adjust_prior, Path(out).absolute())
-    score, *also = _scored(setup, scorer, weights, Path(out).absolute())
+    prior = _adjust(setup, scorer, weights, adjust_prior, folder)
+    score, *also = _scored(setup, scorer, weights, folder)
     return {
         "prior": prior,
         "benchmark": setup.benchmark.name,
-        "weights": Path(path).name,
+        "weights": place(path).name,
         "data": setup.data,
-        "protocol": {**protocol(setup), "network": Path(path).name, "pixels": config.pixels},
+        "protocol": {**protocol(setup), "network": place(path).name, "pixels": config.pixels},
         "class_names": list(setup.benchmark.classes.names),
         "scores": {"adapted": score},
         "also": also,
@@ -170,7 +172,7 @@ def label_lines(results: dict[str, Any]) -> list[str]:
 
 
 def _adjust(
-    setup: Setup, scorer: Scorer, weights: dict[str, np.ndarray], wanted: str, folder: Path
+    setup: Setup, scorer: Scorer, weights: dict[str, np.ndarray], wanted: str, folder: Place
 ) -> dict[str, Any] | None:
     """Have a scorer adjust class scores to the target's class frequencies.
 
@@ -208,7 +210,7 @@ def _scored_as(options: AdaptOptions, found: Config) -> AdaptOptions:
     return replace(options, recipe=system, classes=found.num_classes)
 
 
-def _pixels_of(path: Path, state: Mapping[str, Tensor], config: Config) -> Pixels:
+def _pixels_of(path: Place, state: Mapping[str, Tensor], config: Config) -> Pixels:
     """What a file's network reads, as far as it can be told.
 
     A file in ``stages`` of a run has the run's description beside it. A published BiSeNet is told by its second copy of
@@ -222,7 +224,7 @@ def _pixels_of(path: Path, state: Mapping[str, Tensor], config: Config) -> Pixel
     return config.pixels if unused is None or not unused.any() else PUBLISHED_PIXELS
 
 
-def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Path) -> list[dict[str, Any]]:
+def _scored(setup: Setup, scorer: Scorer, weights: Mapping[str, np.ndarray], folder: Place) -> list[dict[str, Any]]:
     """The score and what goes with it on disk; then, where labels are brought to a size, that on labels as they are.
 
     The second has ``label_size``, the (width, height) of the first label.
@@ -272,25 +274,24 @@ class PerImage:
             if len(self.worst) > WORST:
                 heapq.heappop(self.worst)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Place) -> None:
         """Write ``per_image.csv`` and ``worst/01-….jpg``, the worst first.
 
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".per_image.partial"
-        with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(self.rows)
-        partial.rename(folder / "per_image.csv")
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(COLUMNS)
+        writer.writerows(self.rows)
+        write_whole(folder / "per_image.csv", text.getvalue())
         for old in (folder / "worst").glob("*.jpg"):
             old.unlink()
-        for place, (negative, index, prediction) in enumerate(sorted(self.worst, reverse=True), 1):
+        for rank, (negative, index, prediction) in enumerate(sorted(self.worst, reverse=True), 1):
             name = self.split.image_ids[-index].replace("/", "_")
             picture = self._compare(-index, prediction, f"{name}: mIoU {-100 * negative:.1f}; image, label, prediction")
-            pictures.save(picture, folder / "worst" / f"{place:02d}-{name}.jpg")
+            pictures.save(picture, folder / "worst" / f"{rank:02d}-{name}.jpg")
 
     def _compare(self, index: int, prediction: np.ndarray, title: str) -> Any:
         size = pictures.fitted(prediction.shape, WORST_SIDE)

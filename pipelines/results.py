@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import pyarrow as pa
 import ray
 import torch
 
+from actors.storage import Place, write_whole
 from models.scores import gap_closed
 from pipelines.setup import Setup
 
@@ -217,25 +219,21 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def write_confusion(path: Path, names: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
+def write_confusion(path: Place, names: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
     """Write a confusion matrix as CSV, a row a class of the labels, a column a predicted class, in pixels."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["label \\ prediction", *names])
-        writer.writerows([name, *row] for name, row in zip(names, confusion, strict=True))
-    partial.rename(path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["label \\ prediction", *names])
+    writer.writerows([name, *row] for name, row in zip(names, confusion, strict=True))
+    write_whole(path, text.getvalue())
 
 
-def read_confusion(path: Path) -> np.ndarray:
+def read_confusion(path: Place) -> np.ndarray:
     """What :func:`write_confusion` wrote, int64 C×C."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
+    rows = list(csv.reader(io.StringIO(path.read_bytes().decode(), newline="")))[1:]
     return np.array([row[1:] for row in rows], np.int64)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON by rename: complete or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.rename(path)
+def write_json(path: Place, value: Any) -> None:
+    """Write JSON; it appears complete or not at all."""
+    write_whole(path, json.dumps(value, indent=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ import torch
 from actors.errors import RunError
 from actors.labeller import Networks
 from actors.prior_estimate import Method, PriorPlan, estimated
+from actors.storage import Place, place
 from models.priors import shares
 from pipelines.options import read_config
 from pipelines.prior_estimation import source_prior
@@ -38,7 +38,7 @@ class Found:
         step: of the weights.
     """
 
-    path: Path
+    path: Place
     prior: Prior
     offset: np.ndarray
     truth: np.ndarray | None
@@ -68,14 +68,14 @@ def estimate_of_run(
         RunError: the folder is no run or has no checkpoint, or the file cannot be written.
     """
     setup = resolve(read_config(run), to_train=False)
-    folder = Path(setup.plan.folder)
+    folder = place(setup.plan.folder)
     check_same_classes(setup)
     step, arrays = newest_weights(folder, weights)
     check_fits(setup.network_with(arrays), arrays, folder)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prior = estimate_with(setup, arrays, method, device, progress)
-    path = Path(out).absolute() if out is not None else folder / FILE
+    path = place(out).absolute() if out is not None else folder / FILE
     try:
         write_prior(path, prior)
     except OSError as error:
@@ -115,13 +115,13 @@ def estimate_with(
     return Prior(classes.names, plan.source, tuple(target.tolist()), method, about)
 
 
-def temperature_of(folder: Path) -> float:
+def temperature_of(folder: Place) -> float:
     """T of a run's options, as many times as which an adjustment counts; 1 where only its network was kept."""
     return read_config(folder).prior.temperature if (folder / "config.toml").is_file() else 1.0
 
 
 def prior_for(
-    wanted: str, classes: tuple[str, ...], folder: Path | None, estimate_now: Callable[[], Prior] | None = None
+    wanted: str, classes: tuple[str, ...], folder: Place | None, estimate_now: Callable[[], Prior] | None = None
 ) -> Prior | None:
     """What ``--adjust-prior`` stands for where a network is evaluated or predicts.
 

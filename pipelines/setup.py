@@ -18,6 +18,7 @@ from actors.evaluator import Scorer
 from actors.prior_estimate import PriorPlan, SourceSight
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from actors.showcase import Showcase
+from actors.storage import Place, place
 from actors.watcher import Watcher
 from models.networks.build import NETWORKS, PUBLISHED, Build, Config, named_config
 from models.networks.segmenter import Heads
@@ -538,7 +539,7 @@ def _plan(
     size: Preset,
     network: Callable[[], nn.Module],
     stages: tuple[StagePlan, ...],
-    folder: Path,
+    folder: Place,
 ) -> RunPlan:
     return RunPlan(
         network=network,
@@ -574,7 +575,7 @@ def _references(options: AdaptOptions, size: Preset, ingredients: Ingredients, p
             size,
             network,
             reference_stages(seen, domain, steps),
-            Path(plan.folder) / "references" / name,
+            place(plan.folder) / "references" / name,
         )
         for name, domain in domains.items()
     }
@@ -628,12 +629,12 @@ def _scorer(
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
+    return None if path is None else str(place(path).absolute())
 
 
 def _absolute_file(name: str) -> str:
     """A file's absolute path; what is no file, such as the name of a published table, stays."""
-    return str(Path(name).absolute()) if name not in published_names() and Path(name).is_file() else name
+    return str(place(name).absolute()) if name not in published_names() and place(name).is_file() else name
 
 
 def _watcher(

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.errors import UnreadableImage
+from actors.storage import status_of
 from pipelines.datasets.classes import IGNORE
 from pipelines.datasets.dataset import BROKEN_FILE, DataError, LabelEncoding, Split, read_label
 
@@ -123,7 +124,7 @@ def _key(paths: Sequence[str], encoding: LabelEncoding, ignore_bottom: float) ->
     digest = hashlib.sha256(repr((STATISTICS_VERSION, encoding, ignore_bottom)).encode())
     for path in paths:
         try:
-            status = os.stat(path)
+            status = status_of(path)
             state = f"{status.st_size}|{status.st_mtime_ns}"
         except OSError:
             state = "missing"

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 
 from actors.errors import RunError
 from actors.labeller import load_weights
+from actors.storage import Place, matching, place, tried
 from models.networks.build import Build, Config, config_of
 from models.networks.segmenter import Segmenter
 from pipelines.datasets.classes import ClassSet
@@ -42,7 +42,7 @@ class Description:
 class Trained:
     """A network with its newest weights."""
 
-    folder: Path
+    folder: Place
     step: int
     description: Description
     network: Segmenter
@@ -57,7 +57,7 @@ def describe(setup: Setup) -> None:
         "views": setup.preset.score_views,
         "mirrored": setup.preset.score_mirrored,
     }
-    folder = Path(setup.plan.folder)
+    folder = place(setup.plan.folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, description)
 
@@ -68,7 +68,7 @@ def check_same_classes(setup: Setup) -> None:
     Raises:
         RunError: names or their order differ; says which and what to do.
     """
-    folder = Path(setup.plan.folder)
+    folder = place(setup.plan.folder)
     if not (folder / FILE).is_file():
         return
     then, now = read_description(folder).classes.names, setup.benchmark.classes.names
@@ -79,14 +79,14 @@ def check_same_classes(setup: Setup) -> None:
         )
 
 
-def read_description(folder: Path) -> Description:
+def read_description(folder: Place) -> Description:
     """What :func:`describe` wrote.
 
     Raises:
         RunError: the folder is no run, or its description cannot be read.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not tried("the run cannot be opened", path.is_file):
         raise RunError(f"{folder} is no run directory: it has no {FILE}. Give a folder that a run printed.")
     try:
         plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -105,7 +105,7 @@ def read_description(folder: Path) -> Description:
         raise RunError(f"{path} cannot be read by this version: {error!r}") from error
 
 
-def load_trained(folder: str | Path, device: torch.device, weights: Weights = "last") -> Trained:
+def load_trained(folder: str | Place, device: torch.device, weights: Weights = "last") -> Trained:
     """The teaching network of a run.
 
     Args:
@@ -116,7 +116,7 @@ def load_trained(folder: str | Path, device: torch.device, weights: Weights = "l
     Raises:
         RunError: the folder is no run, has no checkpoint yet, or holds one of another network.
     """
-    folder = Path(folder).absolute()
+    folder = place(folder).absolute()
     description = read_description(folder)
     step, arrays = newest_weights(folder, weights)
     network = fitting_network(description, arrays, folder)
@@ -125,7 +125,7 @@ def load_trained(folder: str | Path, device: torch.device, weights: Weights = "l
 
 
 def fitting_network(
-    description: Description, weights: Mapping[str, np.ndarray | torch.Tensor], folder: Path
+    description: Description, weights: Mapping[str, np.ndarray | torch.Tensor], folder: Place
 ) -> Segmenter:
     """The one of a run's networks that some weights belong to, freshly initialised.
 
@@ -140,7 +140,7 @@ def fitting_network(
     return networks[-1]
 
 
-def check_fits(network: torch.nn.Module, weights: Mapping[str, np.ndarray | torch.Tensor], folder: Path) -> None:
+def check_fits(network: torch.nn.Module, weights: Mapping[str, np.ndarray | torch.Tensor], folder: Place) -> None:
     """Refuse weights of another network.
 
     Raises:
@@ -151,13 +151,14 @@ def check_fits(network: torch.nn.Module, weights: Mapping[str, np.ndarray | torc
         raise RunError(f"the checkpoint in {folder} is of another network than the one described beside it")
 
 
-def newest_run(runs: str | Path) -> Path:
+def newest_run(runs: str | Place) -> Place:
     """The run directory with the newest checkpoint.
 
     Raises:
         RunError: there is none.
     """
-    found = list(Path(runs).absolute().glob("*/checkpoints/step_*/state.pt"))
+    folder = place(runs).absolute()
+    found = tried("the runs cannot be listed", lambda: matching(folder, "*/checkpoints/step_*/state.pt"))
     if not found:
-        raise RunError(f"no run in {Path(runs).absolute()} has a checkpoint; adapt first, or give --run or --runs")
+        raise RunError(f"no run in {folder} has a checkpoint; adapt first, or give --run or --runs")
     return max(found, key=lambda path: path.stat().st_mtime).parents[2]

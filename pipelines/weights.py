@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from actors.checkpoints import CheckpointStore
+from actors.checkpoints import CheckpointStore, read_stage
 from actors.errors import RunError
+from actors.storage import Place, RemotePath, place, readable, tried
 from models.networks.deeplab import DeepLabConfig, DilatedSegmenter
 from models.networks.layouts import (
     FADA_PARTS,
@@ -45,13 +44,13 @@ _NUMBERS: Any = [
 """What numpy writes for a number, as the best score in ProDA's checkpoints is one."""
 
 
-def newest_weights(folder: Path, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
+def newest_weights(folder: Place, weights: Weights = "last") -> tuple[int, dict[str, np.ndarray]]:
     """Step and teaching weights of a run; see :func:`newest_state`."""
     state = newest_state(folder, weights)
     return state["step"], {name: tensor.numpy() for name, tensor in state["teaching"]["network"].items()}
 
 
-def newest_state(folder: Path, weights: Weights = "last") -> dict[str, Any]:
+def newest_state(folder: Place, weights: Weights = "last") -> dict[str, Any]:
     """What a run has saved of a step.
 
     Args:
@@ -69,7 +68,7 @@ def newest_state(folder: Path, weights: Weights = "last") -> dict[str, Any]:
     return state
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Place) -> dict[str, Tensor]:
     """A state dict from a file, or of the teaching network of a run directory.
 
     Files are ``.pth``, ``.pt`` or ``.pkl`` of torch, among them ProDA's and FADA's checkpoints, and ``.safetensors``.
@@ -77,15 +76,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         RunError: there is no such file, or it holds something else; nothing in it is executed.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = place(path)
+    if tried("the weights cannot be opened", path.is_dir):
         return {name: torch.from_numpy(array) for name, array in newest_weights(path)[1].items()}
     try:
         with torch.serialization.safe_globals(_NUMBERS):
             loaded: Any = (
-                load_file(path)
+                read_stage(path)
                 if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+                else torch.load(readable(path), map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
             )
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
         cause = str(error).strip().splitlines()
@@ -128,7 +127,7 @@ def check_initial(path: str, network: nn.Module) -> bool:
         raise RunError(f"{path}: {error}{hint}") from error
     whole = is_whole_network(state)
     if whole and isinstance(network, DilatedSegmenter):
-        _check_options(Path(path), network.config)
+        _check_options(place(path), network.config)
     return whole
 
 
@@ -137,7 +136,7 @@ def _has_extra_norm(state: Mapping[str, Tensor]) -> bool:
     return isinstance(found, DeepLabConfig) and found.extra_norm
 
 
-def _check_options(path: Path, config: DeepLabConfig) -> None:
+def _check_options(path: Place, config: DeepLabConfig) -> None:
     """Refuse weights whose opts.yaml says that they are of a network with the same names and another norm.
 
     Raises:
@@ -188,7 +187,9 @@ def load_pretrained_backbone(path: str, network: nn.Module) -> None:
     network.load_state_dict(check_pretrained_backbone(path, network), strict=False)
 
 
-def _is_zip(path: Path) -> bool:
-    """Whether a file has torch's newer format, which can be mapped; the published files have the older one."""
+def _can_be_mapped(path: Place) -> bool:
+    """Whether a file of this machine has torch's newer format; the published files have the older one."""
+    if isinstance(path, RemotePath):
+        return False
     with open(path, "rb") as file:
         return file.read(2) == b"PK"

@@ -51,3 +51,12 @@ def local_ray():
     yield ray
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """An object store of this machine with the bucket ``bucket``, and credentials for it."""
+    from s3_server import served
+
+    with served(monkeypatch) as server:
+        yield server

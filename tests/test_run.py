@@ -437,3 +437,29 @@ def test_a_class_name_in_brackets_is_printed_as_it_is(capsys):
     printed = capsys.readouterr().out
     assert "[void]" in printed
     assert "car [/old]" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "x.jpg", "--out", "s3://bucket/out"],
+        ["predict", "x.jpg", "--model", "s3://bucket/model.onnx"],
+        ["predict", "s3://bucket/photos"],
+        ["export", "runs/one", "--out", "s3://bucket/out"],
+        ["labels", "export", "runs/one", "--out", "s3://bucket/out.parquet"],
+        ["labels", "import", "s3://bucket/labels", "--out", "x.parquet", "--layout", "proda"],
+        ["data", "check", "--out", "s3://bucket/out"],
+        ["data", "sample", "s3://bucket/sample"],
+        ["--data", "s3://bucket/data"],
+        ["tune", "--runs", "s3://bucket/runs"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_in_a_store_says_so_at_once(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jpg").write_bytes(b"x")
+    assert run.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "s3://" in said
+    assert "this machine" in said
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.jpg"]

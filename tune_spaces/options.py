@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.errors import RunError
+from actors.storage import local
 from models.label_free import SCORES
 from pipelines.options import AdaptOptions, read_options
 from pipelines.recipes import recipe
@@ -19,6 +20,7 @@ METRICS = (*SCORES, ORACLE)
 LARGEST_GRID = 200
 """Points of a grid that nobody has asked for by number."""
 CONFIG = "sweep.toml"
+NEEDS_FOLDER = "a sweep keeps its trials and what Ray Tune goes on from in one folder of this machine"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class SweepOptions(AdaptOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        local(self.runs, "--runs", NEEDS_FOLDER)
         object.__setattr__(self, "only", tuple(self.only))  # TOML has lists
         if self.references == "always":
             raise RunError("--references always: the trials of a sweep train no reference runs; leave it out")
@@ -78,6 +81,16 @@ class SweepOptions(AdaptOptions):
                 "with several --students a trial that ends early is cleared away by a part of Ray that asks its "
                 "dashboard; leave --no-dashboard out"
             )
+
+    def folder(self) -> Path:
+        """The sweep's folder, absolute.
+
+        Raises:
+            RunError: the options name no sweep yet.
+        """
+        found = super().folder()
+        assert isinstance(found, Path)
+        return found
 
     @property
     def scores_target(self) -> bool:
@@ -153,7 +166,7 @@ def read_sweep_options(folder: str | Path) -> SweepOptions:
     Raises:
         RunError: the folder is no sweep.
     """
-    folder = Path(folder).absolute()
+    folder = local(str(folder), "--resume", NEEDS_FOLDER).absolute()
     if not (folder / CONFIG).is_file():
         raise RunError(f"{folder} is no sweep: it has no {CONFIG}. Give a folder that a sweep printed.")
     found = read_options(folder / CONFIG, SweepOptions)

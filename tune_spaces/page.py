@@ -9,9 +9,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from actors.storage import write_whole
 from models.label_free import SCORES
 from pipelines.report.charts import curves
-from pipelines.report.page import render, write_whole
+from pipelines.report.page import render
 from tune_spaces.charts import importance_bars, importances, parallel_coordinates
 from tune_spaces.record import TrialRecord, ranks, read_sweep
 from tune_spaces.space import Space

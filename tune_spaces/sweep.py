@@ -25,6 +25,7 @@ from ray.tune.tune_config import ResumeConfig
 
 from actors.checkpoints import CheckpointStore
 from actors.errors import RunError, last_line
+from actors.storage import place
 from models.label_free import NEED_SOURCE
 from pipelines import cluster, placement
 from pipelines.adapt import Manner, adapt
@@ -392,7 +393,7 @@ def _with_held_out(options: SweepOptions, images: int, watch: Watch) -> SweepOpt
     """With source images held out: those that the run that trials start from held out, or a tenth."""
     wanted = max(1, min(MOST_HELD_OUT, images // 10))
     if options.init is not None and not options.shares_stage_one:
-        started = Path(options.init)
+        started = place(options.init)
         before = read_config(started).held_out if (started / "config.toml").is_file() else 0
         if before:
             return dataclasses.replace(options, held_out=before)
@@ -411,13 +412,13 @@ def _with_places(options: SweepOptions) -> SweepOptions:
     """With a name, and paths that hold in every process and on every day."""
     paths = ("data", "data_root", "runs", "source", "target", "validation", "target_labels", "init", "pseudo_labels")
     given = {name: getattr(options, name) for name in paths}
-    whole: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in given.items() if path is not None}
-    if Path(options.adjust_prior).is_file():
-        whole["adjust_prior"] = str(Path(options.adjust_prior).absolute())
+    whole: dict[str, Any] = {name: str(place(path).absolute()) for name, path in given.items() if path is not None}
+    if place(options.adjust_prior).is_file():
+        whole["adjust_prior"] = str(place(options.adjust_prior).absolute())
     return dataclasses.replace(options, name=options.name or _default_name(options), **whole)
 
 
 def _default_name(options: AdaptOptions) -> str:
-    pair = options.benchmark if options.source is None else Path(options.source).stem
+    pair = options.benchmark if options.source is None else place(options.source).stem
     name = re.sub(r"[^\w.-]+", "-", pair)
     return f"sweep-{name}-{options.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -6,8 +6,7 @@ where Cityscapes is the source of the RobotCar benchmark.
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from actors.storage import Place, listed, matching, place
 from pipelines.datasets.dataset import LabelEncoding, Split, any_file, build_split, existing_folder
 
 LAYOUT = (
@@ -84,38 +83,38 @@ ENCODING_9 = LabelEncoding.of("Cityscapes", "index", TO_9_CLASSES)
 _IMAGE_SUFFIX = "_leftImg8bit"
 
 
-def train(root: str | Path, encoding: LabelEncoding = ENCODING_19) -> Split:
+def train(root: str | Place, encoding: LabelEncoding = ENCODING_19) -> Split:
     """The training images with their labels (source, or oracle)."""
     return _open(root, "train", encoding)
 
 
-def train_without_labels(root: str | Path) -> Split:
+def train_without_labels(root: str | Place) -> Split:
     """The training images alone; no label file needs to exist."""
     return _open(root, "train", None)
 
 
-def validation(root: str | Path, encoding: LabelEncoding = ENCODING_19) -> Split:
+def validation(root: str | Place, encoding: LabelEncoding = ENCODING_19) -> Split:
     """The validation images with their labels, for the evaluator."""
     return _open(root, "val", encoding)
 
 
-def has_train_labels(root: str | Path) -> bool:
+def has_train_labels(root: str | Place) -> bool:
     """Whether at least one training image has a label file."""
     return any_file([label for _, _, label in _samples(root, "train")])
 
 
-def _open(root: str | Path, part: str, encoding: LabelEncoding | None) -> Split:
+def _open(root: str | Place, part: str, encoding: LabelEncoding | None) -> Split:
     if encoding is not None:
         existing_folder(root, f"gtFine/{part}", "Cityscapes", LAYOUT)
     samples = _samples(root, part)
-    return build_split(f"cityscapes/{part}", samples, encoding, Path(root) / "leftImg8bit" / part)
+    return build_split(f"cityscapes/{part}", samples, encoding, place(root) / "leftImg8bit" / part)
 
 
-def _samples(root: str | Path, part: str) -> list[tuple[str, Path, Path]]:
+def _samples(root: str | Place, part: str) -> list[tuple[str, Place, Place]]:
     images = existing_folder(root, f"leftImg8bit/{part}", "Cityscapes", LAYOUT)
-    samples = []
-    for path in sorted(images.glob(f"*/*{_IMAGE_SUFFIX}.png")):
+    labels, samples = listed(place(root) / "gtFine" / part), []
+    for path in matching(images, f"*/*{_IMAGE_SUFFIX}.png"):
         city, stem = path.parent.name, path.stem.removesuffix(_IMAGE_SUFFIX)
-        label = Path(root) / "gtFine" / part / city / f"{stem}_gtFine_labelIds.png"
+        label = labels / city / f"{stem}_gtFine_labelIds.png"
         samples.append((f"{city}/{stem}", path, label))
     return samples

@@ -11,7 +11,6 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from actors.errors import UnreadableImage
+from actors.storage import Place, listed, place, readable
 from pipelines.datasets.classes import IGNORE
 from pipelines.datasets.png16 import decode_rgb16
 
@@ -98,8 +98,8 @@ class LabelEncoding:
 
     def _raw_ids(self, path: str) -> NDArray[Any]:
         if self.channel == "first of 16-bit RGB":
-            return decode_rgb16(path)[:, :, 0]
-        with Image.open(path) as image:
+            return decode_rgb16(readable(path))[:, :, 0]
+        with Image.open(readable(path)) as image:
             if self.channel == "number":
                 return _numbers(image)
             if self.channel == "colour":
@@ -209,7 +209,7 @@ def read_image(path: str, size: Size | None = None) -> NDArray[np.uint8]:
     """
 
     def decode() -> NDArray[np.uint8]:
-        with Image.open(path) as image:
+        with Image.open(readable(path)) as image:
             turn = _UPRIGHT.get(_orientation(image))
             rgb = _as_rgb(image)
         rgb = rgb if turn is None else rgb.transpose(turn)
@@ -223,7 +223,7 @@ def read_image(path: str, size: Size | None = None) -> NDArray[np.uint8]:
 def image_size(path: str) -> Size | None:
     """(width, height) of an image, upright, from its header alone; None where that cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(readable(path)) as image:
             return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
     except BROKEN_FILE:
         return None
@@ -255,9 +255,9 @@ def read_label(path: str, encoding: LabelEncoding, size: Size | None = None) -> 
     return label
 
 
-def existing_folder(root: str | Path, relative: str, dataset: str, layout: str) -> Path:
-    """`root/relative` if it is a folder, else a `DataError` that shows the expected layout."""
-    folder = Path(root) / relative
+def existing_folder(root: str | Place, relative: str, dataset: str, layout: str) -> Place:
+    """`root/relative` if it is a folder, looked into once, else a `DataError` that shows the expected layout."""
+    folder = listed(place(root) / relative)
     if folder.is_dir():
         return folder
     state = "exists but is not a folder" if folder.exists() else "does not exist"
@@ -269,9 +269,9 @@ def existing_folder(root: str | Path, relative: str, dataset: str, layout: str) 
 
 def build_split(
     name: str,
-    samples: Sequence[tuple[str, Path, Path | None]],
+    samples: Sequence[tuple[str, Place, Place | None]],
     encoding: LabelEncoding | None,
-    folder: Path,
+    folder: Place,
 ) -> Split:
     """Make a split of (id, image, label) samples; no images, or an image without its label, is refused."""
     if not samples:
@@ -291,7 +291,7 @@ def build_split(
     return Split(name, ids, paths, tuple(str(path) for path in labels), encoding)
 
 
-def any_file(paths: Sequence[Path | None]) -> bool:
+def any_file(paths: Sequence[Place | None]) -> bool:
     """Whether at least one of the paths is a file."""
     return any(path is not None and path.is_file() for path in paths)
 

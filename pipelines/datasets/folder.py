@@ -2,7 +2,7 @@
 
 ::
 
-    images = "photos/*.jpg"         # relative to this file; ** means any folders in between
+    images = "photos/*.jpg"         # relative to this file, or an s3:// address; ** means any folders in between
     labels = "masks/*.png"          # what the stars stand for pairs a label with its image; leave out without labels
     classes = ["water", "boat"]     # ids 0 and 1; or, with ids and colours of your own:
 
@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import colorsys
 import os
+import posixpath
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from actors.errors import RunError
+from actors.storage import Place, RemotePath, StorageError, is_remote, listed, place
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import DataError, LabelEncoding, Split
 
@@ -43,7 +47,7 @@ CLASS_KEYS = {"name", "ids", "colour"}
 class Folder:
     """A dataset as its TOML file describes it; nothing has been opened but the folders' listings."""
 
-    path: Path
+    path: Place
     name: str
     classes: ClassSet | None
     """None where the file names no classes."""
@@ -57,7 +61,7 @@ class Folder:
     """Images for which the label pattern finds no file; empty where the file names no labels."""
 
 
-def read_folder(path: str | Path, *, source: Folder | None = None) -> Folder:
+def read_folder(path: str | Place, *, source: Folder | None = None) -> Folder:
     """Open the dataset that a TOML file describes.
 
     Args:
@@ -67,9 +71,16 @@ def read_folder(path: str | Path, *, source: Folder | None = None) -> Folder:
 
     Raises:
         DataError: the file is missing, no TOML, has an unknown or missing key, names no images, or has classes that
-            cannot be told apart; in a sentence that names the file and what to write.
+            cannot be told apart; in a sentence that names the file and what to write. Or the store that they are in
+            cannot be reached.
     """
-    path = Path(path)
+    try:
+        return _read(place(path), source)
+    except StorageError as error:
+        raise DataError(f"{path}: the images cannot be listed: {error}") from error
+
+
+def _read(path: Place, source: Folder | None) -> Folder:
     plain = _parse(path)
     name = _text(path, plain, "name") or path.stem
     images = _matches(path, _required(path, plain, "images"), "images")
@@ -90,7 +101,7 @@ def read_folder(path: str | Path, *, source: Folder | None = None) -> Folder:
     _refuse_same_files(path, images, labels)
     known = [i for i, key in enumerate(keys) if key in labels]
     if not known:
-        example = os.path.relpath(images[keys[0]], path.parent)
+        example = _image_id(path, images[keys[0]])
         raise DataError(
             f"{path}: none of the {len(keys)} images has a label: what the stars of images = {plain['images']!r} stand "
             f"for must be the same in labels = {plain['labels']!r}; the first image is {example}"
@@ -116,7 +127,7 @@ def default_colours(count: int) -> tuple[Colour, ...]:
     return tuple(colours)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _parse(path: Place) -> dict[str, Any]:
     try:
         if not path.is_file():
             state = "is a folder" if path.is_dir() else "does not exist"
@@ -132,27 +143,36 @@ def _parse(path: Path) -> dict[str, Any]:
     return plain
 
 
-def _text(path: Path, plain: dict[str, Any], key: str) -> str | None:
+def _text(path: Place, plain: dict[str, Any], key: str) -> str | None:
     value = plain.get(key)
     if value is not None and (not isinstance(value, str) or not value):
         raise DataError(f"{path}: {key} is {value!r}; give a text")
     return value
 
 
-def _required(path: Path, plain: dict[str, Any], key: str) -> str:
+def _required(path: Place, plain: dict[str, Any], key: str) -> str:
     value = _text(path, plain, key)
     if value is None:
         raise DataError(f'{path}: the key {key} is missing; write for example {key} = "photos/*.jpg"')
     return value
 
 
-def _image_id(path: Path, image: Path) -> str:
-    """The image's path as seen from the TOML file: the same wherever the folder is moved to."""
+def _image_id(path: Place, image: Place) -> str:
+    """The image's path as seen from the TOML file: the same wherever the folder is moved to.
+
+    Where only one of them is in a store, the whole path.
+    """
+    if isinstance(image, RemotePath):
+        if isinstance(path, RemotePath) and path.bucket == image.bucket:
+            return posixpath.relpath(image.key, path.parent.key)
+        return image.key
+    if isinstance(path, RemotePath):
+        return image.as_posix()
     name = os.path.relpath(image, path.absolute().parent).replace(os.sep, "/")
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _labels(path: Path, plain: dict[str, Any], name: str) -> dict[tuple[str, ...], Path] | None:
+def _labels(path: Place, plain: dict[str, Any], name: str) -> dict[tuple[str, ...], Place] | None:
     pattern = _text(path, plain, "labels")
     if pattern is None:
         return None
@@ -172,10 +192,9 @@ def _stars(pattern: str) -> int:
     return len(re.findall(r"\*+", pattern))
 
 
-def _matches(path: Path, pattern: str, key: str) -> dict[tuple[str, ...], Path]:
+def _matches(path: Place, pattern: str, key: str) -> dict[tuple[str, ...], Place]:
     """Files that match a pattern, by what its stars stand for."""
-    folder = path.absolute().parent
-    root = Path(os.path.normpath(folder / pattern)) if not os.path.isabs(pattern) else Path(os.path.normpath(pattern))
+    root = _from(path.absolute().parent, pattern)
     parts = root.parts
     fixed = next((i for i, part in enumerate(parts) if "*" in part), None)
     if fixed is None:
@@ -183,24 +202,53 @@ def _matches(path: Path, pattern: str, key: str) -> dict[tuple[str, ...], Path]:
             f"{path}: {key} = {pattern!r} names a single file; use * or **, the only wildcards, for example "
             f'"{pattern}/*.png"'
         )
-    base = Path(*parts[:fixed])
-    if not base.is_dir():
-        raise DataError(f"{path}: {key} = {pattern!r}, but the folder {base} does not exist")
+    if isinstance(root, RemotePath) and not fixed:
+        raise DataError(f"{path}: {key} = {pattern!r} has a star for its bucket; name one")
     expression = re.compile(_regular_expression("/".join(parts[fixed:])))
-    found: dict[tuple[str, ...], Path] = {}
+    found: dict[tuple[str, ...], Place] = {}
+    if isinstance(root, RemotePath):
+        base = listed(replace(root, key="/".join(parts[:fixed])))
+        assert isinstance(base, RemotePath)
+        if not base.is_dir():
+            raise DataError(f"{path}: {key} = {pattern!r}, but there is nothing in {base}")
+        candidates: Iterable[tuple[str, Place]] = (
+            (file.key.removeprefix(f"{base.key}/"), file) for file in base.files()
+        )
+    else:
+        folder = Path(*parts[:fixed])
+        if not folder.is_dir():
+            raise DataError(f"{path}: {key} = {pattern!r}, but the folder {folder} does not exist")
+        deepest = None if "**" in pattern else len(parts) - fixed - 1
+        candidates = ((file.relative_to(folder).as_posix(), file) for file in _files(folder, deepest))
+    for name, file in candidates:
+        match = expression.fullmatch(name)
+        if match is not None:
+            found[tuple(group or "" for group in match.groups())] = file
+    return found
+
+
+def _from(folder: Place, pattern: str) -> Place:
+    """A pattern as it is meant in the folder of its TOML file."""
+    try:
+        if is_remote(pattern):
+            return place(pattern)
+    except RunError as error:
+        raise DataError(str(error)) from error
+    if isinstance(folder, RemotePath) and not os.path.isabs(pattern):
+        return replace(folder, key=posixpath.normpath(f"/{folder.key}/{pattern}").lstrip("/"))
+    return Path(os.path.normpath(pattern if isinstance(folder, RemotePath) else folder / pattern))
+
+
+def _files(base: Path, deepest: int | None) -> Iterator[Path]:
+    """All files of a folder, and of those in it down to a depth; links are followed."""
     for here, folders, files in os.walk(base, followlinks=True):
         ancestors = (folder for folder in (Path(here), *Path(here).parents) if folder.is_relative_to(base))
         above = {os.path.realpath(folder) for folder in ancestors}
         # A link may lead back to where it was reached from.
         folders[:] = sorted(folder for folder in folders if os.path.realpath(os.path.join(here, folder)) not in above)
-        for file in sorted(files):
-            candidate = Path(here) / file
-            match = expression.fullmatch(candidate.relative_to(base).as_posix())
-            if match is not None:
-                found[tuple(group or "" for group in match.groups())] = candidate
-        if "**" not in pattern and len(Path(here).relative_to(base).parts) >= len(parts) - fixed - 1:
+        yield from (Path(here) / file for file in sorted(files))
+        if deepest is not None and len(Path(here).relative_to(base).parts) >= deepest:
             folders.clear()
-    return found
 
 
 def _regular_expression(pattern: str) -> str:
@@ -210,7 +258,7 @@ def _regular_expression(pattern: str) -> str:
     return "".join(known.get(piece, "(.*)") if "*" in piece else re.escape(piece) for piece in pieces)
 
 
-def _refuse_same_files(path: Path, images: dict[Any, Path], labels: dict[Any, Path]) -> None:
+def _refuse_same_files(path: Place, images: dict[Any, Place], labels: dict[Any, Place]) -> None:
     both = set(images.values()) & set(labels.values())
     if both:
         raise DataError(
@@ -219,7 +267,7 @@ def _refuse_same_files(path: Path, images: dict[Any, Path], labels: dict[Any, Pa
         )
 
 
-def _classes(path: Path, name: str, plain: dict[str, Any]) -> tuple[ClassSet | None, LabelEncoding | None]:
+def _classes(path: Place, name: str, plain: dict[str, Any]) -> tuple[ClassSet | None, LabelEncoding | None]:
     """The classes, and how label files become train ids."""
     encoding = plain.get("encoding", "ids")
     if encoding not in ("ids", "colours"):
@@ -261,7 +309,7 @@ def _classes(path: Path, name: str, plain: dict[str, Any]) -> tuple[ClassSet | N
     return ClassSet(name, tuple(names), tuple(palette)), LabelEncoding.of(name, channel, mapping, complete=True)
 
 
-def _class_ids(path: Path, table: dict[str, Any], index: int, encoding: str, colour: Colour) -> list[int]:
+def _class_ids(path: Place, table: dict[str, Any], index: int, encoding: str, colour: Colour) -> list[int]:
     if encoding == "colours":
         if "ids" in table:
             raise DataError(f'{path}: class {table["name"]!r} has ids, but encoding = "colours" goes by colour')
@@ -273,7 +321,7 @@ def _class_ids(path: Path, table: dict[str, Any], index: int, encoding: str, col
     return ids
 
 
-def _ignored(path: Path, plain: dict[str, Any], encoding: str, owners: dict[int, str]) -> list[int]:
+def _ignored(path: Place, plain: dict[str, Any], encoding: str, owners: dict[int, str]) -> list[int]:
     given = plain.get("ignore")
     if given is None:
         return [] if encoding == "colours" or IGNORE in owners else [IGNORE]
@@ -296,7 +344,7 @@ def _is_triple(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(type(part) is int for part in value)
 
 
-def _colour(path: Path, value: Any, title: str) -> Colour:
+def _colour(path: Place, value: Any, title: str) -> Colour:
     if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
         return int(value[1:3], 16), int(value[3:5], 16), int(value[5:7], 16)
     if _is_triple(value) and all(0 <= part <= 255 for part in value):
@@ -304,7 +352,7 @@ def _colour(path: Path, value: Any, title: str) -> Colour:
     raise DataError(f'{path}: colour of {title!r} is {value!r}; write "#1f77b4" or [31, 119, 180]')
 
 
-def _in_order_of(path: Path, own: ClassSet | None, encoding: LabelEncoding, classes: ClassSet) -> LabelEncoding:
+def _in_order_of(path: Place, own: ClassSet | None, encoding: LabelEncoding, classes: ClassSet) -> LabelEncoding:
     """A target's encoding in the source's train ids."""
     names = own.names if own is not None else ()
     if set(names) != set(classes.names):

@@ -6,8 +6,7 @@ never read.
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from actors.storage import Place, matching
 from pipelines.datasets.cityscapes import TO_19_CLASSES
 from pipelines.datasets.dataset import LabelEncoding, Split, build_split, existing_folder
 
@@ -15,9 +14,9 @@ LAYOUT = "`images/00001.png …` and `labels/00001.png …` (identical file name
 ENCODING = LabelEncoding.of("GTA5", "index", TO_19_CLASSES)
 
 
-def train(root: str | Path) -> Split:
+def train(root: str | Place) -> Split:
     """All images of GTA5 under `root`, with labels in the 19 classes of Cityscapes."""
     images = existing_folder(root, "images", "GTA5", LAYOUT)
     labels = existing_folder(root, "labels", "GTA5", LAYOUT)
-    samples = [(path.stem, path, labels / path.name) for path in sorted(images.glob("*.png"))]
+    samples = [(path.stem, path, labels / path.name) for path in matching(images, "*.png")]
     return build_split("gta5/train", samples, ENCODING, images)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from PIL import Image
 _HIGH_BYTE, _LOW_BYTE = "RGB;16B", "RGB;16L"
 
 
-def decode_rgb16(path: str | Path) -> NDArray[np.uint16]:
+def decode_rgb16(path: str | Path | IO[bytes]) -> NDArray[np.uint16]:
     """Read a 16-bit RGB PNG as (H, W, 3) uint16, without losing the low byte.
 
     Raises:
@@ -46,7 +47,7 @@ def encode_rgb16(pixels: NDArray[np.uint16]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
 
 
-def _decode(path: str | Path, raw_mode: str) -> NDArray[np.uint8]:
+def _decode(path: str | Path | IO[bytes], raw_mode: str) -> NDArray[np.uint8]:
     with Image.open(path) as image:
         tiles = image.tile
         if image.format != "PNG" or len(tiles) != 1 or _raw_mode(tiles[0].args) != _HIGH_BYTE:

@@ -6,8 +6,7 @@ digits>.png`. Annotations are RGBA; the id is the first channel.
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from actors.storage import Place, listed, matching, place
 from pipelines.datasets.dataset import LabelEncoding, Split, any_file, build_split, existing_folder
 
 LAYOUT = (
@@ -35,40 +34,43 @@ TO_9_CLASSES: dict[int, int] = {
 ENCODING = LabelEncoding.of("RobotCar", "first of RGBA", TO_9_CLASSES)
 
 
-def train(root: str | Path) -> Split:
+def train(root: str | Place) -> Split:
     """The training images with their labels (oracle only)."""
     return _open(root, _train_samples(root), "robotcar/train", ENCODING)
 
 
-def train_without_labels(root: str | Path) -> Split:
+def train_without_labels(root: str | Place) -> Split:
     """The training images alone; no label file needs to exist."""
     return _open(root, _train_samples(root), "robotcar/train", None)
 
 
-def validation(root: str | Path) -> Split:
+def validation(root: str | Place) -> Split:
     """The validation images with their labels, for the evaluator."""
     images = existing_folder(root, "val", "RobotCar", LAYOUT)
-    samples = []
-    for path in sorted(images.glob("*.png")):
+    labels, samples = listed(place(root) / "anno"), []
+    for path in matching(images, "*.png"):
         sequence, _, frame = path.stem.rpartition("_")
-        samples.append((f"{sequence}/{frame}", path, Path(root) / "anno" / path.name))
+        samples.append((f"{sequence}/{frame}", path, labels / path.name))
     return _open(root, samples, "robotcar/val", ENCODING)
 
 
-def has_train_labels(root: str | Path) -> bool:
+def has_train_labels(root: str | Place) -> bool:
     """Whether at least one training image has an annotation."""
     return any_file([label for _, _, label in _train_samples(root)])
 
 
-def _train_samples(root: str | Path) -> list[tuple[str, Path, Path]]:
+def _train_samples(root: str | Place) -> list[tuple[str, Place, Place]]:
     images = existing_folder(root, "train", "RobotCar", LAYOUT)
+    labels = listed(place(root) / "anno")
     return [
-        (f"{path.parent.name}/{path.stem}", path, Path(root) / "anno" / f"{path.parent.name}_{path.name}")
-        for path in sorted(images.glob("*/*.png"))
+        (f"{path.parent.name}/{path.stem}", path, labels / f"{path.parent.name}_{path.name}")
+        for path in matching(images, "*/*.png")
     ]
 
 
-def _open(root: str | Path, samples: list[tuple[str, Path, Path]], name: str, encoding: LabelEncoding | None) -> Split:
+def _open(
+    root: str | Place, samples: list[tuple[str, Place, Place]], name: str, encoding: LabelEncoding | None
+) -> Split:
     if encoding is not None:
         existing_folder(root, "anno", "RobotCar", LAYOUT)
-    return build_split(name, samples, encoding, Path(root) / name.split("/")[1])
+    return build_split(name, samples, encoding, place(root) / name.split("/")[1])

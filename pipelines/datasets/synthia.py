@@ -7,8 +7,7 @@ second. A reader that reduces them to 8 bits by dropping the low byte sees nothi
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from actors.storage import Place, matching
 from pipelines.datasets.dataset import LabelEncoding, Split, build_split, existing_folder
 
 LAYOUT = "`RGB/0000000.png …` and `GT/LABELS/0000000.png …` (identical file names)"
@@ -39,9 +38,9 @@ TO_19_CLASSES: dict[int, int] = {
 ENCODING = LabelEncoding.of("SYNTHIA", "first of 16-bit RGB", TO_19_CLASSES)
 
 
-def train(root: str | Path) -> Split:
+def train(root: str | Place) -> Split:
     """All images of SYNTHIA-RAND-CITYSCAPES under `root`, with labels in the 19 classes of Cityscapes."""
     images = existing_folder(root, "RGB", "SYNTHIA", LAYOUT)
     labels = existing_folder(root, "GT/LABELS", "SYNTHIA", LAYOUT)
-    samples = [(path.stem, path, labels / path.name) for path in sorted(images.glob("*.png"))]
+    samples = [(path.stem, path, labels / path.name) for path in matching(images, "*.png")]
     return build_split("synthia/train", samples, ENCODING, images)

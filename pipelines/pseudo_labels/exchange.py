@@ -20,6 +20,7 @@ from actors.labeller import Labeller
 from actors.prior_estimate import Adjustment, estimated
 from actors.protocols import LabelPlan
 from actors.records import decode
+from actors.storage import LOCAL_OUT, local, place
 from models.networks.segmenter import Segmenter
 from models.uncertainty import mean_probabilities, trunk_views
 from pipelines.benchmarks import Benchmark, Published
@@ -73,8 +74,9 @@ def export_labels(
     Raises:
         RunError: the folder is no run, makes no pseudo labels, has no checkpoint; or the labels cannot be written.
     """
+    target_file = local(out, "--out", LOCAL_OUT).absolute()
     setup = resolve(read_config(run), to_train=False)
-    folder = Path(setup.plan.folder)
+    folder = place(setup.plan.folder)
     check_same_classes(setup)
     plan = setup.makes  # also where the run itself was given others
     if plan is None:
@@ -92,7 +94,7 @@ def export_labels(
     check_fits(setup.network_with(arrays), arrays, folder)
     labeller.load(step, arrays)
     adjustment = _adjustment(setup, plan, labeller.network)
-    done = Exchanged(Path(out).absolute(), step=step)
+    done = Exchanged(target_file, step=step)
     with _readable_write_errors(done.out):
         if layout == "parquet":
             with open_table(done.out, setup.benchmark.classes.names) as table:
@@ -206,8 +208,10 @@ def import_labels(options: DataOptions, folder: str, layout: FolderLayout, out: 
         RunError: no target image has a label there, or the file cannot be written.
         DataError: the benchmark's data are not as expected.
     """
+    root = local(folder, "the folder of labels", "its files are looked for one by one")
+    target_file = local(out, "--out", LOCAL_OUT).absolute()
     pair, open_data = choose_pair(options)
-    target, chosen, root = open_data().target, LAYOUTS[layout], Path(folder)
+    target, chosen = open_data().target, LAYOUTS[layout]
     _refuse_clash(chosen, layout, target.image_paths)
     ids = _ids(chosen, pair)
     places = [root / part for part in ("", "train") if (root / part).is_dir()]
@@ -219,7 +223,7 @@ def import_labels(options: DataOptions, folder: str, layout: FolderLayout, out: 
             f"{folder} holds no label of {target.name} in the layout {layout}: that of {target.image_paths[0]} "
             f"would be {first}"
         )
-    done = Exchanged(Path(out).absolute())
+    done = Exchanged(target_file)
     with _readable_write_errors(done.out), open_table(done.out, pair.classes.names) as table:
         for number, (image_id, image_path) in enumerate(zip(target.image_ids, target.image_paths, strict=True), 1):
             try:

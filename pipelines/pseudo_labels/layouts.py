@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from actors.errors import RunError, UnreadableImage
+from actors.storage import place
 from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.datasets.dataset import BROKEN_FILE, image_size
@@ -115,7 +116,7 @@ class Layout:
 
     def path(self, folder: Path, image_path: str, template: str | None = None) -> Path:
         """Where the label of an image lies, or another of its files."""
-        image = Path(image_path)
+        image = place(image_path)
         short = image.stem.removesuffix("_leftImg8bit")
         return folder / (template or self.label).format(city=image.parent.name, stem=image.stem, short=short)
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from actors.errors import RunError
+from actors.storage import Place, RemotePath, place
 
 GROUP_BYTES = 16_000_000
 """Bytes of a row group before compression."""
@@ -109,10 +110,11 @@ class Table:
         RunError: it is missing or no such file.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place) -> None:
+        self.path = place(path)
         try:
-            self._file = pq.ParquetFile(self.path)
+            source = self.path
+            self._file = pq.ParquetFile(source.open_seekable() if isinstance(source, RemotePath) else source)
             missing = set(SCHEMA.names) - set(self._file.schema_arrow.names)
             if missing:
                 raise RunError(f"{path} holds no pseudo labels: it has no column {min(missing)!r}")

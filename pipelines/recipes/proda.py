@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from actors.errors import RunError
 from actors.protocols import LabelPlan, StagePlan
 from actors.staleness import StalenessPolicy
+from actors.storage import place
 from models.denoising import (
     Regulariser,
 )
@@ -168,7 +168,7 @@ class ProdaOptions:
                 raise RunError(f"{name} is {getattr(self, name)}; give at least 1")
         for name in ("prototypes", "simclr"):  # a run can be resumed from anywhere
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, str(Path(getattr(self, name)).absolute()))
+                object.__setattr__(self, name, str(place(getattr(self, name)).absolute()))
         if self.extra_norm == "off" and self.simclr is not None:
             raise RunError("extra_norm is off, but a SimCLR backbone needs it; leave one of them out")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actors.errors import RunError, UnreadableImage
 from actors.protocols import Batch, ImageReader, ObjectiveContext, StepInfo
+from actors.storage import readable
 from models.denoising import assignment_loss, distillation_loss, regulariser, symmetric_cross_entropy
 from models.losses import IGNORE, ClassBalance, mean_weight, segmentation_loss
 from models.networks.discriminators import PatchDiscriminator
@@ -286,7 +287,7 @@ def given_prototypes(path: str, network: Proda) -> Tensor:
         RunError: it cannot be read, or does not fit the network.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(readable(path), map_location="cpu", weights_only=True)
     except Exception as error:
         raise RunError(f"the prototypes {path} cannot be read: {str(error).splitlines()[0]}") from error
     wanted = tuple(network.prototypes.shape)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from actors.showcase import Shown
+from actors.storage import Place, remove_tree
 from pipelines import pictures
 from pipelines.datasets.classes import IGNORE, ClassSet
 from pipelines.results import write_json
@@ -41,7 +40,7 @@ class Gallery:
     classes: tuple[int, ...]
 
 
-def write_gallery(folder: Path, shown: Sequence[Shown], classes: ClassSet) -> None:
+def write_gallery(folder: Place, shown: Sequence[Shown], classes: ClassSet) -> None:
     """Write the pictures; those of an earlier time go.
 
     Args:
@@ -53,7 +52,7 @@ def write_gallery(folder: Path, shown: Sequence[Shown], classes: ClassSet) -> No
         OSError: the disk is full or the folder cannot be written.
     """
     target = folder / FOLDER
-    shutil.rmtree(target, ignore_errors=True)
+    remove_tree(target)
     rows, present = [], set()
     for number, item in enumerate(shown, 1):
         maps = [*item.predictions.values(), *([] if item.truth is None else [item.truth])]
@@ -81,7 +80,7 @@ def _painted(item: Shown, classes: ClassSet) -> dict[str, NDArray[np.uint8]]:
     return painted
 
 
-def read_gallery(folder: Path) -> Gallery:
+def read_gallery(folder: Place) -> Gallery:
     """What :func:`write_gallery` wrote; empty where a run has no pictures."""
     path = folder / FOLDER / INDEX
     if not path.is_file():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from actors.storage import Place
 
 Curve = list[tuple[int, float]]
 
@@ -53,7 +54,7 @@ class History:
         return found
 
 
-def read_history(path: Path) -> History:
+def read_history(path: Place) -> History:
     """Read a run's metrics; a line that a crash cut off is left out, a missing file is an empty history."""
     history = History()
     if not path.is_file():

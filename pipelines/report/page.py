@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from actors.storage import Place, place, write_whole
 from pipelines.datasets.classes import ClassSet
 from pipelines.options import command_line, read_config
 from pipelines.report import charts
@@ -45,17 +44,17 @@ class ScoreRow:
     per_class: list[float | None]
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Place) -> Place:
     """Write the report of a run, finished or not, from the files in its directory.
 
     Returns:
-        Where it is. It appears by rename: complete or not at all.
+        Where it is. It appears complete or not at all.
 
     Raises:
         RunError: the folder is no run.
         OSError: the disk is full or the folder cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = place(folder).absolute()
     options, description = read_config(folder), read_description(folder)
     history, results = read_history(folder / "metrics.jsonl"), _results(folder)
     gallery = read_gallery(folder)
@@ -106,21 +105,6 @@ def render(template: str, **values: Any) -> str:
     return environment.from_string(template).render(style=style, **values)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file by rename: complete or not at all.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.rename(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
 def score_rows(results: dict[str, Any]) -> list[ScoreRow]:
     """The rows that were scored, in the order of the table; none for a run without labels or without an end."""
     scores = results.get("scores", {})
@@ -131,7 +115,7 @@ def score_rows(results: dict[str, Any]) -> list[ScoreRow]:
     ]
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def _results(folder: Place) -> dict[str, Any]:
     path = folder / "results.json"
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return results
@@ -155,7 +139,7 @@ def _class_table(rows: Sequence[ScoreRow], classes: ClassSet) -> list[dict[str, 
     return table
 
 
-def _pictures(folder: Path, gallery: Gallery) -> list[dict[str, Any]]:
+def _pictures(folder: Place, gallery: Gallery) -> list[dict[str, Any]]:
     """Rows of (caption, data URI)."""
     return [
         {
@@ -166,13 +150,13 @@ def _pictures(folder: Path, gallery: Gallery) -> list[dict[str, Any]]:
     ]
 
 
-def _data_uri(path: Path) -> str:
+def _data_uri(path: Place) -> str:
     kind = "jpeg" if path.suffix == ".jpg" else "png"
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _charts(
-    folder: Path, history: History, results: dict[str, Any], classes: ClassSet, given: str | None
+    folder: Place, history: History, results: dict[str, Any], classes: ClassSet, given: str | None
 ) -> dict[str, str | None]:
     names, stages = classes.names, history.stages()
     made = given is None  # labels from before the run have no age, and nobody selects among them

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from actors.checkpoints import CheckpointStore, snapshot
+from actors.checkpoints import CheckpointStore, keep_stage, kept_stages, read_stage, snapshot
 from actors.errors import RunError
 
 
@@ -149,3 +149,43 @@ def test_a_snapshot_is_a_deep_copy():
     assert copy["b"][1][0].item() == 1
     assert isinstance(copy["b"][1], tuple)
     assert copy["c"] == "text"
+
+
+def test_checkpoints_in_a_store_are_those_of_a_folder(store):
+    kept = CheckpointStore(store.uri("bucket/runs/one/checkpoints"), keep=2)
+    assert kept.newest() is None
+    for step in (1, 10, 100):
+        assert kept.save(step, state(step)) is None
+    assert kept.steps() == [10, 100]
+    assert kept.newest()["weights"].tolist() == [100.0] * 3
+    assert store.files() == [f"runs/one/checkpoints/step_{step:08d}/state.pt" for step in (10, 100)]
+
+
+def test_a_store_that_cannot_be_written_leaves_the_checkpoint_before_and_says_so(store):
+    kept = CheckpointStore(store.uri("bucket/checkpoints"))
+    kept.save(5, state(5))
+    store.refuse = lambda operation, key: (403, "AccessDenied") if operation == "part" else None
+    sentence = kept.save(6, state(6))
+    assert "checkpoint of step 6 could not be written" in sentence
+    assert "access to the bucket bucket is denied" in sentence
+    assert "the one before it stays good" in sentence
+    store.refuse = lambda operation, key: None
+    assert kept.newest()["step"] == 5
+    assert kept.save(7, state(7)) is None
+
+
+def test_a_store_that_cannot_be_asked_is_one_sentence(store):
+    store.refuse = lambda operation, key: (403, "AccessDenied")
+    with pytest.raises(RunError, match=r"the newest checkpoint cannot be read: s3://.*is denied"):
+        CheckpointStore(store.uri("bucket/checkpoints")).newest()
+
+
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_the_weights_of_a_stage_are_read_as_they_were(where, tmp_path, request):
+    folder = str(tmp_path) if where == "folder" else request.getfixturevalue("store").uri("bucket/run")
+    network = torch.nn.Linear(3, 2)
+    assert keep_stage(folder, 20, "Warm up!", network) is None
+    assert keep_stage(folder, 3, "first", torch.nn.Linear(3, 2)) is None
+    (early, _), (step, path) = kept_stages(folder)
+    assert (early, step, path.name) == (3, 20, "step_00000020-warm-up-.safetensors")
+    assert torch.equal(read_stage(path)["weight"], network.weight)

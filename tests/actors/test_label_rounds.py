@@ -63,3 +63,12 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_round(str(tmp_path), HISTOGRAM, *BLOCKS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_round_in_a_store_is_the_one_in_a_folder(store, tmp_path):
+    near = write_round(str(tmp_path), HISTOGRAM, *BLOCKS)
+    path = write_round(store.uri("bucket/run/labels"), HISTOGRAM, *BLOCKS)
+    assert store.files() == [f"run/labels/{Path(near).name}"]
+    _, *blocks = read_round(path, 3)
+    for written, read in zip(BLOCKS, blocks, strict=True):
+        assert written.equals(read.cast(written.schema))

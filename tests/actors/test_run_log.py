@@ -1,6 +1,7 @@
 import builtins
 import errno
 import json
+import time
 
 from actors import run_log
 from actors.run_log import RunLog
@@ -81,3 +82,80 @@ def test_a_stop_is_asked_for_once_and_stays(tmp_path):
     assert not log.should_stop()
     log.request_stop()
     assert log.should_stop()
+
+
+def test_a_log_in_a_store_is_copied_there_when_it_is_flushed(store):
+    log = RunLog(store.uri("bucket/runs/one"))
+    log.write("train", 1, {"loss": 0.5})
+    log.say("hello", 1)
+    assert log.flush() is None
+    text = store.buckets["bucket"]["runs/one/metrics.jsonl"][0].decode()
+    assert [json.loads(line)["kind"] for line in text.splitlines()] == ["train", "event"]
+    assert any(key.startswith("runs/one/events/events.out.tfevents") for key in store.files())
+    assert log.close() is None
+
+
+def test_what_has_not_changed_is_not_copied_again(store):
+    log = RunLog(store.uri("bucket/one"), events=False)
+    log.write("train", 1, {"loss": 0.5})
+    assert log.flush() is None
+    asked = store.asked.total()
+    assert log.flush() is None
+    assert store.asked.total() == asked
+
+
+def test_a_log_in_a_store_is_copied_by_itself(store, monkeypatch):
+    monkeypatch.setattr(run_log, "COPY_SECONDS", 0.01)
+    log = RunLog(store.uri("bucket/one"), events=False)
+    log.write("train", 1, {"loss": 0.5})
+    end = time.monotonic() + 20
+    while "one/metrics.jsonl" not in store.files():
+        assert time.monotonic() < end, "nobody copied it"
+        time.sleep(0.01)
+
+
+def test_a_log_in_a_store_goes_on_after_the_lines_that_are_there(store):
+    for step in (1, 2):
+        log = RunLog(store.uri("bucket/one"), events=False)
+        log.write("train", step, {"loss": 0.5})
+        log.flush()
+    text = store.buckets["bucket"]["one/metrics.jsonl"][0].decode()
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [1, 2]
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next_one(store):
+    store.buckets["bucket"]["one/metrics.jsonl"] = (b'{"kind": "train", "step": 1}\n{"kind": "tr', 1e9)
+    log = RunLog(store.uri("bucket/one"), events=False)
+    log.write("train", 2, {"loss": 0.5})
+    log.flush()
+    whole, _, last = store.buckets["bucket"]["one/metrics.jsonl"][0].decode().splitlines()
+    assert (json.loads(whole)["step"], json.loads(last)["step"]) == (1, 2)
+
+
+def test_a_log_that_is_closed_leaves_nothing_on_this_machine(store):
+    log = RunLog(store.uri("bucket/one"), events=False)
+    log.write("train", 1, {"loss": 0.5})
+    store.refuse = lambda operation, key: (403, "AccessDenied")
+    assert f"they are in {log.folder}" in log.close()
+    assert log.folder.exists()
+    store.refuse = lambda operation, key: None
+    assert log.close() is None
+    assert not log.folder.exists()
+    assert store.files() == ["one/metrics.jsonl"]
+
+
+def test_a_copy_that_fails_is_said_and_made_up_for(store):
+    log = RunLog(store.uri("bucket/one"), events=False)
+    log.write("train", 1, {"loss": 0.5})
+    store.refuse = lambda operation, key: (403, "AccessDenied")
+    assert "metrics could not be copied: s3://bucket/one/metrics.jsonl" in log.flush()
+    store.refuse = lambda operation, key: None
+    assert log.flush() is None
+    assert store.files() == ["one/metrics.jsonl"]
+
+
+def test_a_log_in_a_folder_has_nothing_to_copy(tmp_path):
+    log = RunLog(str(tmp_path))
+    log.write("train", 1, {"loss": 0.5})
+    assert log.flush() is None
+    assert log.copies is None

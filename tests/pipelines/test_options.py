@@ -279,3 +279,38 @@ def test_numbers_of_processes_that_cannot_change_so_are_refused(bad, text):
 def test_there_are_never_more_teachers_than_the_most():
     assert AdaptOptions(teachers=2).most_teachers == 2
     assert AdaptOptions(teachers=2, max_teachers=5).most_teachers == 5
+
+
+def test_a_run_in_a_store_has_an_address_for_its_folder(store):
+    options = AdaptOptions(runs=store.uri("bucket/runs"), name="one", recipe="mrnet")
+    assert str(options.folder()) == store.uri("bucket/runs/one")
+    write_config(options)
+    assert store.files() == ["runs/one/config.toml"]
+    assert read_config(store.uri("bucket/runs/one")) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": "s3://bucket/data"}, "--data is s3://…, and miniatures and decoded images are mapped into memory"),
+        ({"runs": "s3://me:secret@bucket/runs"}, "leave them out: every node finds its own"),
+        ({"data_root": "gs://me:secret@bucket/data"}, "leave them out: every node finds its own"),
+        ({"runs": "azure://bucket/runs"}, "azure://… is no address that can be read and written"),
+        ({"source": "s3://bucket/a.toml?key=secret", "target": "b.toml"}, "has a setting that is not known"),
+    ],
+)
+def test_an_address_that_cannot_work_is_refused_before_anything_starts(given, said):
+    with pytest.raises(RunError, match=said) as caught:
+        AdaptOptions(**given)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_run_that_cannot_be_written_or_opened_is_a_sentence(store):
+    options = AdaptOptions(runs=store.uri("nowhere/runs"), name="one")
+    with pytest.raises(RunError, match=r"the run directory cannot be written: .* the bucket nowhere does not exist"):
+        write_config(options)
+    with pytest.raises(RunError, match="is no run directory"):
+        read_config(store.uri("nowhere/runs/one"))
+    store.refuse = lambda operation, key: (403, "AccessDenied")
+    with pytest.raises(RunError, match=r"the run cannot be opened: .* is denied to the credentials of this machine"):
+        read_config(store.uri("bucket/runs/one"))

@@ -38,7 +38,7 @@ def test_pictures_stand_side_by_side_on_white():
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(self, file, **_):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)

@@ -1,5 +1,6 @@
 import math
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -162,3 +163,11 @@ def test_a_run_that_wants_nodes_of_each_kind_asks_for_them_and_waits(monkeypatch
     assert said == ["waiting for a node with student_node and one with teacher_node (--own-nodes always)"]
     placement.wait_for_nodes(said.append, lambda: True)
     assert asked[-1] == []
+
+
+def test_our_own_cluster_file_says_how_far_its_groups_may_grow():
+    found = grown(Path(__file__).parent.parent.parent / "cluster.yaml")
+    assert found.students is not None
+    assert found.teachers is not None
+    assert (found.students["GPU"], found.teachers["GPU"]) == (1.0, 8.0)
+    assert found.total["CPU"] == 9 * 8

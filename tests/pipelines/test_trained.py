@@ -93,3 +93,19 @@ def test_the_recommended_weights_are_another_step(tmp_path):
     trained = load_trained(setup.plan.folder, CPU, "recommended")
     assert trained.step == 2
     torch.testing.assert_close(trained.network.conv1.weight, network.conv1.weight + 1)
+
+
+def test_a_run_in_a_store_is_found_and_used(tmp_path, store):
+    setup, network = finished_run(tmp_path)
+    finished_run(tmp_path, "older")
+    store.upload_folder(tmp_path / "runs", "runs")
+    for name, (content, _) in list(store.buckets["bucket"].items()):
+        store.buckets["bucket"][name] = (content, 1e9 if "older" in name else 2e9)
+    found = newest_run(store.uri("bucket/runs"))
+    assert str(found) == store.uri("bucket/runs/run")
+    trained = load_trained(str(found), CPU)
+    assert trained.step == 3
+    assert torch.equal(next(iter(trained.network.parameters())), next(iter(network.parameters())))
+    with pytest.raises(RunError, match=r"no run in s3://bucket/other.* has a checkpoint"):
+        newest_run(store.uri("bucket/other"))
+    assert read_description(found) == read_description(setup.options.folder())

@@ -282,3 +282,20 @@ def test_a_backbone_leaves_the_classifier_of_fada_as_it_was(tmp_path, prefix):
     load_initial(path, ours)
     assert same(ours, fada(1), of="feature_extractor")
     assert same(ours, fada(2), of="classifier")
+
+
+def test_weights_in_a_store_are_read_as_those_in_a_folder(tmp_path, store):
+    state = network(1).state_dict()
+    for zipped in (True, False):
+        torch.save(state, tmp_path / f"zipped-{zipped}.pth", _use_new_zipfile_serialization=zipped)
+    save_file(state, tmp_path / "x.safetensors")
+    (tmp_path / "damaged.pth").write_bytes(b"no weights")
+    store.upload_folder(tmp_path, "weights")
+    for name in ("zipped-True.pth", "zipped-False.pth", "x.safetensors"):
+        ours = network(2)
+        assert check_initial(store.uri(f"bucket/weights/{name}"), ours)
+        load_initial(store.uri(f"bucket/weights/{name}"), ours)
+        assert same(ours, network(1))
+    for name in ("damaged.pth", "missing.pth", "missing.safetensors"):
+        with pytest.raises(RunError, match=f"the weights s3://bucket/weights/{name}.* cannot be read"):
+            read_weights(store.uri(f"bucket/weights/{name}"))

@@ -110,3 +110,10 @@ def test_with_the_first_stage_alone_its_own_options_are_searched(tmp_path):
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"is no sweep: it has no sweep.toml"):
         read_sweep_options(tmp_path)
+
+
+def test_a_sweep_in_a_store_is_refused_in_one_sentence():
+    with pytest.raises(RunError, match="--runs is s3://…, and a sweep keeps its trials and what Ray Tune goes on from"):
+        SweepOptions(runs="s3://bucket/runs")
+    with pytest.raises(RunError, match="--resume is s3://…"):
+        read_sweep_options("s3://bucket/runs/sweep")

@@ -116,3 +116,13 @@ def test_a_damaged_page_is_a_sentence(tmp_path):
 def test_a_folder_is_no_file_to_write_to(tmp_path):
     with pytest.raises(IsADirectoryError), open_table(tmp_path, CLASSES):
         pass
+
+
+def test_labels_in_a_store_are_read_where_they_are(tmp_path, store):
+    items = [item(number) for number in range(5)]
+    written(tmp_path / "labels.parquet", items)
+    store.upload_folder(tmp_path, "given")
+    table = Table(store.uri("bucket/given/labels.parquet"))
+    np.testing.assert_array_equal(table.get("image 3").label, items[3].label)
+    with pytest.raises(RunError, match="cannot be read as a Parquet file"):
+        Table(store.uri("bucket/given/missing.parquet"))

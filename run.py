@@ -29,6 +29,7 @@ from rich.progress import (  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from actors.errors import RunError, UnreadableImage  # noqa: E402
+from actors.metrics import said  # noqa: E402
 from actors.storage import LOCAL_OUT, StorageError, local, place, tried  # noqa: E402
 from pipelines.datasets.dataset import DataError  # noqa: E402
 from pipelines.options import AdaptOptions, DataOptions, read_config, read_options  # noqa: E402
@@ -287,6 +288,21 @@ class PrepareOptions(DataOptions):
     """Scale of the run."""
 
 
+SHOWN: tuple[str, ...] = (
+    "train/stage",
+    "train/loss",
+    "train/images_per_s",
+    "train/wait_share",
+    "teachers/labels_made",
+    "teachers/coverage",
+    "teachers/idle_share",
+    "train/label_age_steps_p50",
+    "train/label_age_steps_p95",
+)
+"""What the terminal says of a run that adapts, by the names of the numbers."""
+SHOWN_OF_REFERENCES: tuple[str, ...] = ("train/loss", "train/images_per_s")
+
+
 class Screen:
     """What a run looks like in a terminal."""
 
@@ -330,18 +346,14 @@ class Screen:
         if not lines:
             return
         line = min(lines, key=lambda item: item["step"])
-        parts = [f"loss {line['loss']:.3f}", f"{sum(item['images_per_s'] for item in lines):.1f} images/s"]
-        teachers = newest.get("teachers") or {}
+        trained = {**line, "images_per_s": sum(item["images_per_s"] for item in lines)}
         if self.kinds == ("train",):
-            parts.insert(0, line["stage"])
-            if teachers:
-                parts.append(f"{teachers['labels_made']} labels, {teachers['coverage']:.0%} covered")
-            if "label_age_steps_p50" in line:
-                parts.append(f"age {line['label_age_steps_p50']}/{line['label_age_steps_p95']} steps")
-            if "score" in newest:
-                parts.append(
-                    f"target mIoU {newest['score']['miou']:.1f} (step {newest['score']['step']}, oracle metric)"
-                )
+            seen, names = {**newest, "train": trained, "teachers": newest.get("teachers") or {}}, SHOWN
+        else:
+            seen, names = {"train": trained}, SHOWN_OF_REFERENCES
+        parts = said(seen, *names)
+        if "score" in seen:
+            parts.append(f"{said(seen, 'score/miou')[0]} (step {seen['score']['step']}, oracle metric)")
         self.bar.update(task, completed=line["step"], numbers=" · ".join(parts))
 
     def close(self) -> None:

@@ -74,6 +74,8 @@ class Counters:
     collapsed_blocks: int = 0
     collapses_believed: int = 0
     teacher_seconds: float = 0.0
+    gpu_bytes: int = 0
+    """The most GPU memory that a teacher's process has said it holds."""
     skipped: list[str] = field(default_factory=list)
 
 
@@ -174,6 +176,7 @@ class LabelBook:
         """
         self.busy.discard(header.chunk)
         self.counters.teacher_seconds += header.seconds
+        self.counters.gpu_bytes = max(self.counters.gpu_bytes, header.gpu_bytes)
         self.counters.skipped += [path for path in header.skipped if path not in self.counters.skipped]
         old = self.entries.get(header.chunk)
         if header.version > self._not_after.pop(header.chunk, header.version):
@@ -264,6 +267,11 @@ class LabelBook:
         """Accepted share of the pixels that the teachers take for each class; None for a class they see nowhere."""
         seen = self.histogram.sum(1)
         return [float(a) / float(n) if n else None for a, n in zip(self.accepted_pixels(), seen, strict=True)]
+
+    def versions(self) -> dict[str, int]:
+        """Versions of the weights that made the oldest and the newest live label; nothing without labels."""
+        found = [entry.version for entry in self.entries.values()]
+        return {"weights_version_oldest": min(found), "weights_version_newest": max(found)} if found else {}
 
     def ages(self, step: int) -> Counter[int]:
         """Images by the age of their live label, in steps."""
@@ -463,6 +471,8 @@ class LabelBank:
             "refresh": book.policy.refresh,
             "backlog": book.backlog(self.student_step, None if once else self.label_age),
             **{f"live_age_steps_{name}": value for name, value in ages.items()},
+            **book.versions(),
+            **({"gpu_memory_bytes": book.counters.gpu_bytes} if book.counters.gpu_bytes else {}),
             "teacher_failures": book.counters.failures,
             "blocks_lost": book.counters.lost_blocks,
             "blocks_collapsed": book.counters.collapsed_blocks,

@@ -37,6 +37,8 @@ class Header:
     skipped: tuple[str, ...] = ()
     evidence: Evidence | Part | None = None
     """Of how frequent classes are on the images that could be read, where it was asked for."""
+    gpu_bytes: int = 0
+    """GPU memory that the teacher's process holds; 0 on a CPU."""
 
 
 def write_round(folder: str, histogram: np.ndarray, *blocks: pa.Table) -> str:

@@ -93,6 +93,14 @@ def own_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
 
 
+def gpu_memory(device: torch.device) -> dict[str, int]:
+    """Bytes of a GPU's memory that this process holds for its tensors, now; nothing on a CPU.
+
+    What CUDA itself takes, some hundred MB a process, is not counted.
+    """
+    return {"gpu_memory_bytes": torch.cuda.memory_reserved(device)} if device.type == "cuda" else {}
+
+
 def helper_device(threads: int) -> torch.device:
     """Make this process a helper of the student's: the GPU that Ray gave it, or the CPU, where it yields to others."""
     prepare_torch(threads)
@@ -180,7 +188,8 @@ class Labeller:
         seconds = time.perf_counter() - began
         counts = np.stack(pixels).sum(0, dtype=np.int64)
         told = self._told(evidence, stage, every, adjustment) if evidence else None
-        return Header(chunk, self.version, stop - start, seconds, counts, histogram, tuple(skipped), told), block
+        held = gpu_memory(self.device).get("gpu_memory_bytes", 0)
+        return Header(chunk, self.version, stop - start, seconds, counts, histogram, tuple(skipped), told, held), block
 
     def _told(
         self, evidence: Sequence[Evidence], stage: int, seeds: Sequence[int], adjustment: Adjustment | None

@@ -117,11 +117,13 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     prepare_torch(config["threads"])
     link = ClusterLink(config["plan"], config["handles"], rank, inside_train=True)
-    if ray.get(config["handles"].run_log.watch.remote())["failure"]:
+    before = ray.get(config["handles"].run_log.watch.remote())
+    if before["failure"]:
         # What ended the run is no matter for a restart, and Train goes on restarting until the driver's process ends.
         return {"step": 0, "stopped": True}
     try:
-        return _student(config["plan"], link, rank, world, ray.train.torch.get_device()).run()
+        restarts = before["newest"].get("student", {}).get("restarts", -1) + 1
+        return _student(config["plan"], link, rank, world, ray.train.torch.get_device(), restarts).run()
     except (RunError, ray.exceptions.RayTaskError) as error:
         # Ray Train would start the same mistake again; the driver hears of it here and ends the run.
         ray.get(config["handles"].run_log.fail.remote(last_line(error)))
@@ -139,9 +141,12 @@ def train_here(plan: RunPlan, handles: Handles, threads: int) -> dict[str, Any]:
     return _student(plan, link, 0, 1, own_device()).run()
 
 
-def _student(plan: RunPlan, link: ClusterLink, rank: int, world: int, device: torch.device) -> Student:
-    """A student that has told the run that it is there."""
-    link.write("student", 0, {"rank": rank, "students": world, "pid": os.getpid(), "device": str(device)})
+def _student(
+    plan: RunPlan, link: ClusterLink, rank: int, world: int, device: torch.device, restarts: int = 0
+) -> Student:
+    """A student that has told the run that it is there; the first one also what is true of all."""
+    all_of_them = {"students": world, "restarts": restarts} if rank == 0 else {}
+    link.write("student", 0, {"rank": rank, "pid": os.getpid(), "device": str(device), **all_of_them})
     return Student(plan, link, rank, world, device)
 
 

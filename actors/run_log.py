@@ -1,7 +1,8 @@
 """What everybody tells and the driver watches: one writer for all metrics, and the request to stop.
 
-The names of the numbers are the same in the terminal, in ``metrics.jsonl``, in TensorBoard and in ``results.json``.
-Nothing can be appended to what lies in an object store, so there the files are written on this machine and copied.
+The names of the numbers are the same in the terminal, in ``metrics.jsonl``, in TensorBoard, in Prometheus and in
+``results.json``: :mod:`actors.metrics` has the rule. Nothing can be appended to what lies in an object store, so there
+the files are written on this machine and copied.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from actors.metrics import Export
 from actors.storage import RemotePath, place, remove_tree
 
 METRICS = "metrics.jsonl"
@@ -28,9 +30,11 @@ class RunLog:
     Args:
         folder: where they go.
         events: whether there are TensorBoard events; importing their writer takes seconds of a core.
+        export: tells Prometheus the numbers; None where nobody fetches them.
     """
 
-    def __init__(self, folder: str, events: bool = True) -> None:
+    def __init__(self, folder: str, events: bool = True, export: Export | None = None) -> None:
+        self.export = export
         target = place(folder)
         self.copies: Copies | None = None
         if isinstance(target, RemotePath):
@@ -57,12 +61,19 @@ class RunLog:
         """
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **numbers}
         self.newest.setdefault(kind, {}).update(line)
+        if self.export is not None and (sentence := self.export.write(kind, line)):
+            self.say(sentence, step)
         try:
             with open(self.folder / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self._write_events(kind, step, numbers)
         except OSError:
             self.dropped_lines += 1
+
+    def end(self, *kinds: str) -> None:
+        """Nobody works on some kinds any more: their numbers stay in the files and are exported no longer."""
+        if self.export is not None:
+            self.export.end(kinds)
 
     def say(self, message: str, step: int = 0) -> None:
         """A sentence for the user; the driver prints it once."""
@@ -74,7 +85,12 @@ class RunLog:
         self.failure = message
 
     def watch(self, seen: int = 0) -> dict[str, Any]:
-        """Newest numbers of every kind, the messages after the first ``seen``, and a fatal error if there is one."""
+        """Newest numbers of every kind, the messages after the first ``seen``, and a fatal error if there is one.
+
+        The driver asks about every second, which also keeps the exported numbers alive.
+        """
+        if self.export is not None and (sentence := self.export.refresh()):
+            self.say(sentence)
         return {
             "newest": self.newest,
             "messages": self.messages[seen:],

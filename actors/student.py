@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from actors.checkpoints import CheckpointStore, keep_stage, snapshot
 from actors.errors import RunError
 from actors.label_view import LabelView
+from actors.labeller import gpu_memory
 from actors.protocols import (
     Batch,
     Objective,
@@ -586,13 +587,22 @@ class Student:
                 **dict(zip(names, means, strict=True)),
                 "learning_rate": stage.plan.learning_rate(self.step - 1 - stage.first_step),
                 "steps_per_s": (self.step - step) / max(1e-9, now - since),
+                "step_seconds": (now - since) / max(1, self.step - step),
                 **{f"label_age_steps_{name}": value for name, value in ages.items() if value is not None},
                 **summary,
+                "recoveries": self._recoveries,
+                **self._published(),
+                **gpu_memory(self.device),
             }
             self.link.write("train", self.step, numbers)
             if stage.plan.teacher is not None:
                 reward = self._reward(stage, dict(zip(names, means, strict=True)), ages["p50"])
                 self.link.tell(Standing(stage.index, stage.first_step, self.step, reward))
+
+    def _published(self) -> dict[str, int]:
+        """The version of the weights that hang on the board; nothing before the first, or where nobody publishes."""
+        version = None if self.link.publisher is None else self.link.publisher.version
+        return {} if version is None else {"weights_version": version}
 
     def _reward(self, stage: StageState, means: dict[str, float], age: int | None) -> Reward | None:
         """What the student's losses were on labels of which weights; None without labels."""

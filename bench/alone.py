@@ -52,11 +52,13 @@ class Shelf:
 
     def __init__(self, age: int | None) -> None:
         self.age = age
+        self.version: int | None = None
         self.versions: deque[tuple[int, Weights]] = deque()
         self.newest: Weights = {}
 
     def publish(self, version: int, network: nn.Module, *, pin: bool, **more: Any) -> None:
         """Keep a copy; a pinned version begins a stage, which labels with nothing older."""
+        self.version = version
         self.newest = {name: tensor.detach().numpy().copy() for name, tensor in network.state_dict().items()}
         if pin:
             self.versions.clear()

@@ -20,6 +20,7 @@ from actors.crew import Crew
 from actors.errors import RunError, UnreadableImage, last_line
 from actors.label_bank import LabelBank
 from actors.link import Handles, train_alone, train_here, train_loop
+from actors.metrics import Export
 from actors.reward_board import RewardBoard
 from actors.run_log import RunLog
 from actors.showcase import Shown
@@ -54,6 +55,9 @@ PRIOR = ("target_prior", "prior_shift")
 
 SUMS = ("labels_made", "teacher_failures")
 """Counters of the bank that start at zero with it; the run's go on."""
+
+RECORD_SECONDS = 10.0
+"""How often the bank's numbers are written down where no label is made: they tell of that, too."""
 
 Watch = Callable[[str, dict[str, Any]], None]
 """Called with what happens: ``("phase", {...})``, ``("progress", {...})``, ``("message", {"text": ...})``."""
@@ -197,8 +201,10 @@ class Run:
         self.waits_for_student, self.waits_since = True, time.monotonic()
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""
+        self.recorded = 0.0
+        """When the bank's numbers were last written down."""
         run_log = ray.remote(RunLog).options(num_cpus=0, max_restarts=-1, resources=HEAD)
-        self.run_log = run_log.remote(setup.plan.folder, events=not manner.brief)
+        self.run_log = run_log.remote(setup.plan.folder, events=not manner.brief, export=_export(setup))
         board = {"num_cpus": 0, "max_restarts": -1, "resources": HEAD}
         self.board = ray.remote(WeightBoard).options(**board).remote()
         self.labelling, self.rewards = self.board, None
@@ -421,6 +427,8 @@ class Run:
                         self.run_log.say.remote(text, self.step)
                 if status:
                     status = self.sums.carry(status)
+                    if self.team is not None:
+                        status["teachers_wanted"] = self.team.demand.wanted
                     self._tell_failures(status)
                     self.teacher_status = status
         except ray.exceptions.RayError:
@@ -472,7 +480,9 @@ class Run:
                 "classes' shares in the report",
                 self.step,
             )
-        if status.get("labels_made") != self.teacher_status.get("labels_made"):
+        now = time.monotonic()
+        if status.get("labels_made") != self.teacher_status.get("labels_made") or now - self.recorded > RECORD_SECONDS:
+            self.recorded = now
             shown = {key: value for key, value in status.items() if key != "skipped"}
             self.run_log.write.remote("teachers", self.step, shown)
 
@@ -526,6 +536,7 @@ class Run:
 
     def _retire_teachers(self) -> None:
         self._retire_learner()
+        self.run_log.end.remote("train", "student", "teachers", "trainable_teacher")
         if self.bank is not None:
             ray.kill(self.bank)
         if self.team is not None:
@@ -618,6 +629,13 @@ class Run:
             self.team.end()
         if self.evaluator is not None:
             self.crew.dismiss([self.evaluator])
+
+
+def _export(setup: Setup) -> Export:
+    """What tells Prometheus the run's numbers."""
+    options = setup.options
+    tags = {"run": options.folder().name, "recipe": options.recipe, "benchmark": setup.benchmark.name}
+    return Export(tags, setup.benchmark.classes.names)
 
 
 def _as_numpy(state: dict[str, Any]) -> dict[str, Any]:

@@ -248,12 +248,14 @@ def run_plan(folder, stages, seed=3, **more):
 
 class FakePublisher:
     def __init__(self):
+        self.version = None
         self.published, self.rewound = [], []
         self.boards = []
         """Of every publication: whether it hangs where the evaluator looks, and where labels are made from."""
 
     def publish(self, version, network, *, pin, student=None, shown=True, labels=True):
         weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        self.version = version
         self.published.append((version, pin, weights))
         self.boards.append((shown, labels))
 

@@ -387,6 +387,21 @@ def test_class_shares_are_those_of_the_live_labels():
     assert given.class_shares().tolist() == [0.6, 0.4, 0.0]
 
 
+def test_versions_are_those_of_the_oldest_and_the_newest_live_label():
+    given = book()
+    assert given.versions() == {}
+    for chunk, version in ((0, 3), (1, 7), (0, 5)):
+        given.accept(header(chunk, version), "x")
+    assert given.versions() == {"weights_version_oldest": 5, "weights_version_newest": 7}
+
+
+def test_the_most_gpu_memory_that_a_teacher_holds_is_kept():
+    given = book()
+    for chunk, held in ((0, 5), (1, 9), (0, 7)):
+        given.accept(replace(header(chunk, 1), gpu_bytes=held), "x")
+    assert given.counters.gpu_bytes == 9
+
+
 def test_acceptance_is_the_share_of_each_predicted_class_that_a_fixed_rule_kept():
     given = book()
     assert given.acceptance() == [None, None, None]

@@ -83,6 +83,19 @@ def test_the_header_sums_up_the_block():
     assert set(table.column("made_at_step").to_pylist()) == {9}
 
 
+def test_memory_is_that_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 5_000 + device.index)
+    assert module.gpu_memory(torch.device("cpu")) == {}
+    assert module.gpu_memory(torch.device("cuda:1")) == {"gpu_memory_bytes": 5_001}
+
+
+def test_the_header_tells_the_gpu_memory_that_the_process_holds(monkeypatch):
+    made = labeller()
+    assert made.label(1, 0, 0, 2, step=9)[0].gpu_bytes == 0
+    monkeypatch.setattr(module, "gpu_memory", lambda device: {"gpu_memory_bytes": 7 * (device == made.device)})
+    assert made.label(1, 0, 0, 2, step=9)[0].gpu_bytes == 7
+
+
 def test_an_unreadable_image_is_withheld_named_and_left_out_of_the_statistics():
     clean, broken = labeller(), labeller(broken=(2,))
     header, table = broken.label(1, 0, 0, 6, step=9)

@@ -1,5 +1,6 @@
 """What reaches the driver when a student cannot go on."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,18 @@ def test_a_sentence_from_another_process_is_told_without_its_traceback(log, monk
 def test_a_defect_in_another_process_is_told_too(log, monkeypatch, cause, told):
     error = ray.exceptions.RayTaskError("poll", f"Traceback\n  much\n{told}", cause)
     assert told in run(log, monkeypatch, error)
+
+
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (0, 1, 1, 0, 1)])
+def test_restarts_are_counted_by_the_first_student(log, monkeypatch, tmp_path, ranks):
+    for rank in ranks:
+        context = SimpleNamespace(get_world_rank=lambda rank=rank: rank, get_world_size=lambda: 2)
+        monkeypatch.setattr(ray.train, "get_context", lambda context=context: context)
+        run(log, monkeypatch, ray.exceptions.RayActorError())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["rank"] for line in lines] == list(ranks)
+    assert [line["restarts"] for line in lines if line["rank"] == 0] == list(range(ranks.count(0)))
+    assert not [line for line in lines if line["rank"] == 1 and {"students", "restarts"} & set(line)]
 
 
 def test_a_dead_process_is_left_to_ray_train(log, monkeypatch):

@@ -510,7 +510,7 @@ def test_a_loss_that_is_no_number_sends_the_student_back_to_its_last_good_weight
     assert f"go back to their weights of step {back} " in said
     assert all(tensor.isfinite().all() for tensor in made.network.state_dict().values())
     assert all(w.isfinite().all() for *_, weights in link.publisher.published for w in weights.values())
-    assert any(step > noticed for kind, step, _ in link.lines if kind == "train")
+    assert {numbers["recoveries"] for kind, step, numbers in link.lines if kind == "train" and step > noticed} == {1}
     assert CheckpointStore(tmp_path / "checkpoints").newest()["step"] == 12
 
 
@@ -609,6 +609,23 @@ def test_metrics_are_means_since_the_last_line(tmp_path):
             assert numbers[name] == pytest.approx(np.mean([terms[name] for terms in losses(part)]), rel=1e-5)
         assert numbers["loss"] == pytest.approx(numbers["loss/source"] + numbers["loss/critic"], rel=1e-5)
         assert numbers["learning_rate"] == pytest.approx(rate(step - 1))
+        assert numbers["step_seconds"] * numbers["steps_per_s"] == pytest.approx(1.0)
+        assert numbers["recoveries"] == 0
+        assert "gpu_memory_bytes" not in numbers, "on a CPU"
+
+
+def test_a_line_tells_the_version_of_the_weights_that_were_published_last(tmp_path):
+    link = FakeLink()
+    student(run_plan(tmp_path, [stage(steps=7)], log_every=1, publish_every=3), link).run()
+    told = [numbers["weights_version"] for kind, _, numbers in link.lines if kind == "train"]
+    assert told == [0, 0, 0, 3, 3, 3, 6], "a line is written before the weights of its step are published"
+
+
+def test_a_line_tells_the_gpu_memory_that_the_process_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr("actors.student.gpu_memory", lambda device: {"gpu_memory_bytes": 7 * (device.type == "cpu")})
+    link = FakeLink()
+    student(run_plan(tmp_path, [stage(steps=1)]), link).run()
+    assert [numbers["gpu_memory_bytes"] for kind, _, numbers in link.lines if kind == "train"] == [7]
 
 
 def test_every_rank_reports_where_a_stage_ends_and_not_at_every_checkpoint(tmp_path, monkeypatch):

@@ -118,7 +118,8 @@ def watched(tmp_path, monkeypatch, started):
     monkeypatch.setattr(ray, "wait", lambda asked, timeout: (asked, []))
     setup = SimpleNamespace(
         plan=SimpleNamespace(folder=str(tmp_path), total_steps=10, evaluate_every=0, networks=(), seed=0),
-        options=SimpleNamespace(teachers=2, most_teachers=2, threads=1),
+        options=SimpleNamespace(teachers=2, most_teachers=2, threads=1, recipe="eplc", folder=lambda: tmp_path),
+        benchmark=SimpleNamespace(name="pair", classes=SimpleNamespace(names=("water", "boat"))),
         labels={},
         label_age=None,
         make_scorer=lambda: None,
@@ -170,6 +171,29 @@ def test_labels_are_recorded_at_the_students_step(watched):
     watched.bank.answers["status"] = status(labels_made=8)
     watched._look()
     assert watched.run_log.told[-1][:3] == ("write", "teachers", 7)
+
+
+def test_the_banks_numbers_are_recorded_where_no_label_is_made_too(watched, monkeypatch):
+    """Labels that grow older because every teacher is gone are what somebody looks for."""
+    now = [1000.0]
+    monkeypatch.setattr(adapt_module.time, "monotonic", lambda: now[0])
+    for seconds in (0, 4, 7, 4, 7):
+        now[0] += seconds
+        watched._look()
+    assert sum(call[:2] == ("write", "teachers") for call in watched.run_log.told) == 3
+
+
+def test_how_many_teachers_are_wanted_stands_beside_how_many_are_there(watched):
+    for teachers in (2, 1):
+        watched.bank.answers["status"] = status(teachers=teachers)
+        watched._look()
+    assert (watched.teacher_status["teachers"], watched.teacher_status["teachers_wanted"]) == (1, 2)
+
+
+def test_numbers_of_students_and_teachers_that_have_gone_are_exported_no_more(watched, monkeypatch):
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+    watched._retire_teachers()
+    assert ("end", "train", "student", "teachers", "trainable_teacher") in watched.run_log.told
 
 
 def names(started):

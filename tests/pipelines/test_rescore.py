@@ -15,7 +15,8 @@ from models.networks.layouts import with_published_copies
 from pipelines import rescore as rescoring
 from pipelines.datasets import Split
 from pipelines.datasets.classes import ClassSet
-from pipelines.options import AdaptOptions
+from pipelines.datasets.miniature.write import write_miniature
+from pipelines.options import AdaptOptions, read_config, write_config
 from pipelines.recipes.proda import ProdaOptions
 from pipelines.rescore import PerImage, label_lines, rescore, score_file
 from pipelines.results import read_confusion, score_lines, write_json
@@ -371,3 +372,24 @@ def test_ten_overlays_are_written_and_those_of_before_are_gone(options):
     assert len(names) == min(10, len(setup.domains.validation))
     assert names[0].startswith("01-")
     assert not old.exists()
+
+
+def test_a_run_in_a_store_on_data_in_a_store_is_scored_like_one_in_folders(options, tiny_folder, tmp_path, store):
+    root = write_miniature("synthia2city", "tiny", tiny_folder)
+    store.upload_folder(root, "data")
+    near = replace(options, data_root=str(root))
+    far = replace(options, data_root=store.uri("bucket/data"), runs=store.uri("bucket/runs"), data=str(tmp_path / "d"))
+    found = []
+    for given in (near, far):
+        torch.manual_seed(1)
+        setup = resolve(given)
+        write_config(setup.options)
+        describe(setup)
+        save(given, setup.plan.network())
+        found.append(rescore(read_config(str(given.folder()))))
+    assert found[0] == found[1]
+    for name in ("per_image.csv", "confusion.csv"):
+        written = (far.folder() / "evaluation" / name).read_bytes()
+        assert written == (near.folder() / "evaluation" / name).read_bytes()
+    pictures = [name for name in store.files() if name.startswith("runs/run/evaluation/worst/")]
+    assert len(pictures) == len(list((near.folder() / "evaluation" / "worst").iterdir())) > 0

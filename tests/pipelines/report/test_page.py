@@ -8,6 +8,7 @@ import pytest
 from test_gallery import shown
 
 from actors.errors import RunError
+from actors.storage import place
 from pipelines.options import AdaptOptions, read_config, write_config
 from pipelines.report.gallery import write_gallery
 from pipelines.report.page import write_report
@@ -226,3 +227,22 @@ def test_a_class_without_an_offset_does_not_break_the_chart(folder):
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "teachers", "step": 40, "prior_offset": [None, 0.5, *[0.0] * 17]}) + "\n")
     assert "How frequent classes are held to be" in spaced(written(folder))
+
+
+def test_the_report_of_a_run_in_a_store_is_that_of_one_in_a_folder(folder, store):
+    near = write_report(folder).read_text()
+    for name in ("config.toml", "network.json", "metrics.jsonl"):
+        store.buckets["bucket"][f"runs/{folder.name}/{name}"] = ((folder / name).read_bytes(), 1e9)
+    far = place(store.uri(f"bucket/runs/{folder.name}"))
+    classes = read_description(far).classes
+    write_json(far / "results.json", RESULTS)
+    write_confusion(far / CONFUSION, classes.names, np.eye(19, dtype=int).tolist())
+    for image_id in ("frankfurt/before", "frankfurt/one"):  # pictures of an earlier time go
+        write_gallery(far, [shown(image_id)], classes)
+    path = write_report(str(far))
+    assert str(path) == store.uri(f"bucket/runs/{folder.name}/report.html")
+    assert path.read_text() == near
+    assert "data:image/" in near
+    assert store.files() == sorted(
+        f"runs/{folder.name}/{item.relative_to(folder).as_posix()}" for item in folder.rglob("*") if item.is_file()
+    )

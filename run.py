@@ -36,6 +36,8 @@ from pipelines.options import AdaptOptions, DataOptions, read_config, read_optio
 from pipelines.pseudo_labels.layouts import FileLayout, FolderLayout  # noqa: E402
 
 if TYPE_CHECKING:
+    from pipelines.capacity import InTurns, SideBySide
+    from pipelines.load_trial import Findings
     from pipelines.plan import CostRow
     from pipelines.pseudo_labels.exchange import Exchanged
 
@@ -54,6 +56,7 @@ HELP = {
     "labels import DIR": "the folder of another system as a file for --pseudo-labels",
     "prior RUN": "how frequent classes are on the target, as a run's network sees it",
     "plan": "what every network and discriminator costs at a size, without a run",
+    "plan --teachers M": "how fast a run would be on this machine, and how many teachers it should have",
     "data sample DIR": "two folders of rendered pictures to try all this on",
     "data check": "look at every file before a run does",
     "data prepare": "decode every file ahead of a run",
@@ -245,6 +248,8 @@ class PlanOptions:
 
     Runs nothing and needs no data. Memory is what one pass keeps beside the weights, the images and the gradients of
     the weights, without a loss and without what a convolution takes for itself.
+
+    With --students or --teachers plan measures this machine instead: run.py plan --teachers 1 --help.
     """
 
     size: tuple[int, int] = (1024, 512)
@@ -255,6 +260,17 @@ class PlanOptions:
     """Classes that the networks score."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of weights, images and activations. A student's bfloat16 keeps some maps in float32 and takes more."""
+
+
+@dataclass(frozen=True)
+class CapacityOptions(AdaptOptions):
+    """What a run with so many students and teachers would come to on this machine, and how many teachers to take.
+
+    Measures students, teachers and evaluator beside each other for some seconds, without Ray, and predicts step time,
+    age of the labels, object store and duration; and the same for a run that trains and labels in turns. Takes the
+    options of a run. --label-age is here what the median label may be old; default: the steps in which every target
+    image is visited twice, which costs no accuracy (docs/staleness.md).
+    """
 
 
 @dataclass(frozen=True)
@@ -396,7 +412,7 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     if command == "prior":
         return _prior(tyro.cli(EstimatePriorOptions, prog="run.py prior", args=rest), console)
     if command == "plan":
-        return _plan(tyro.cli(PlanOptions, prog="run.py plan", args=rest), console)
+        return _plan(rest, console)
     if command == "data":
         return _data(rest, console)
     if command not in ("", "adapt"):
@@ -657,12 +673,122 @@ def _prior(options: EstimatePriorOptions, console: Console) -> int:
     return 0
 
 
-def _plan(options: PlanOptions, console: Console) -> int:
+def plans_a_run(arguments: list[str]) -> bool:
+    """Whether ``plan`` is asked for a run on this machine, and not for what networks cost."""
+    return any(item.split("=")[0] in ("--students", "--teachers", "--config") for item in arguments)
+
+
+def _plan(arguments: list[str], console: Console) -> int:
+    if plans_a_run(arguments):
+        config, rest = _config(arguments)
+        base = CapacityOptions() if config is None else read_options(config, CapacityOptions)
+        return _capacity(tyro.cli(CapacityOptions, prog="run.py plan", args=rest, default=base), console)
     from pipelines.plan import costs
 
+    options = tyro.cli(PlanOptions, prog="run.py plan", args=arguments)
     rows = costs(options.size, batch=options.batch, classes=options.classes, precision=options.precision)
     print_costs(options, rows, console)
     return 0
+
+
+def _capacity(options: CapacityOptions, console: Console) -> int:
+    from pipelines.load_trial import measure
+    from pipelines.setup import resolve
+
+    with console.status("opening the data") as status:
+        setup = resolve(options)
+        found = measure(setup, lambda text: status.update(f"measuring: {text}"))
+    print_capacity(options, setup.preset.name, found, console)
+    return 0
+
+
+def print_capacity(options: CapacityOptions, preset: str, found: Findings, console: Console) -> None:
+    """Predictions for every number of teachers that was tried, for taking turns, and the advice."""
+    from pipelines.capacity import advise, in_turns, side_by_side
+
+    course, measured = found.course, found.measured
+    age = options.label_age or course.free_age
+    rows = [side_by_side(course, measured, teachers) for teachers in found.teachers]
+    turns = in_turns(course, measured, age)
+    what = options.source or options.benchmark
+    table = Table(
+        title=f"{escape(what)}, recipe {options.recipe}, preset {preset}: {options.students} "
+        f"student{'s' if options.students > 1 else ''} on {found.devices}, stage {course.stage.name}",
+        caption="predicted; label age in steps, p50 / p95; object store on average / at most; all: every stage",
+    )
+    table.add_column("teachers")
+    for name in ("step", "labels/s", "label age", "object store", "epoch", "all"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*_side_cells(row))
+    table.add_section()
+    table.add_row(*_turn_cells(turns))
+    console.print(table)
+    if turns.whole:
+        console.print(f"in turns a student trains on {measured.whole_devices}", highlight=False)
+    for line in _measured_lines(found):
+        console.print(line, highlight=False)
+    advice = advise(rows, turns, age, max(0.05, measured.spread))
+    console.print(f"[bold]{advice.sentence}[/bold]", highlight=False)
+
+
+def _side_cells(row: SideBySide) -> tuple[str, ...]:
+    return (
+        str(row.teachers),
+        _seconds(row.step_seconds),
+        f"{row.busy * row.teachers / row.image_seconds:.1f}",
+        f"{row.ages.p50:.0f} / {row.ages.p95:.0f}",
+        f"{row.store.mean / 1e6:,.0f} / {row.store.most / 1e6:,.0f} MB",
+        _seconds(row.epoch_seconds),
+        _seconds(row.seconds),
+    )
+
+
+def _turn_cells(turns: InTurns) -> tuple[str, ...]:
+    return (
+        f"in turns, {turns.rounds} round{'s' if turns.rounds > 1 else ''}",
+        _seconds(turns.step_seconds),
+        f"round {_seconds(turns.round_seconds)}",
+        f"{turns.age_p50:.0f} / {turns.age_p95:.0f}",
+        f"{turns.store.mean / 1e6:,.0f} / {turns.store.most / 1e6:,.0f} MB",
+        _seconds(turns.epoch_seconds),
+        _seconds(turns.seconds),
+    )
+
+
+def _measured_lines(found: Findings) -> list[str]:
+    """What was measured, and how far it can be trusted."""
+    course, measured = found.course, found.measured
+    beside = ", ".join(f"{_seconds(measured.beside[count].step_seconds)} beside {count}" for count in found.teachers)
+    memory = ", ".join(
+        f"{name} {used.process / 1e6:,.0f} MB" + (f" and {used.gpu / 1e6:,.0f} MB of a GPU" if used.gpu else "")
+        for name, used in found.memory.items()
+    )
+    lines = [
+        f"measured in {found.seconds:.0f} s: a step {_seconds(measured.beside[0].step_seconds)} alone, {beside} busy "
+        f"teachers",
+        f"labels/s {1 / measured.label_seconds:.1f} while nothing trains ({measured.labellers} at a time); a label "
+        f"{course.row_bytes / 1e3:,.0f} kB, a round {course.images * course.row_bytes / 1e6:,.0f} MB, weights "
+        f"{course.version_bytes / 1e6:,.0f} MB",
+        f"memory of a process: {memory}",
+    ]
+    if found.shared:
+        lines.append("students and teachers share GPUs, each with a part of one: they were measured doing so")
+    if found.load > 0.25 or measured.spread > 0.25:
+        lines.append(
+            f"[yellow]the machine was not idle: {found.load:.0%} of its cores were busy before, and the same steps "
+            f"differed by {measured.spread:.0%}; plan again when it is[/yellow]"
+        )
+    return lines
+
+
+def _seconds(value: float) -> str:
+    """A duration in the unit that suits it."""
+    if value < 1:
+        return f"{1000 * value:.0f} ms"
+    if value < 120:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
 def print_costs(options: PlanOptions, rows: list[CostRow], console: Console) -> None:

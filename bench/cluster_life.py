@@ -2,7 +2,7 @@
 
     python -m bench.cluster_life --json docs/results/cluster-life.json
     python -m bench.cluster_life --elastic --json docs/results/cluster-elastic.json
-    python -m bench.cluster_life --preset tiny --steps 1200        # to try it
+    python -m bench.cluster_life --preset tiny --steps 300        # to try it
 
 A head, a node for the student and two for teachers run on this machine as Ray nodes of their own
 (:mod:`bench.simulated_cluster`), and `run.py` on them as on any cluster. In the middle of self-training
@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -242,6 +243,7 @@ def _rate(lines: list[dict[str, Any]]) -> float:
 
 def main(arguments: list[str]) -> None:
     """Measure and print."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a cluster must not outlive whoever started it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1100, help="the demo's")
     parser.add_argument("--preset", default="mini")

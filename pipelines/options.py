@@ -226,8 +226,9 @@ class AdaptOptions(DataOptions):
     """Ask for more teachers, up to these, while labels are missing or older than --label-age, and send them home again
     when fewer suffice: on a cluster with an autoscaler, nodes follow. Default: always --teachers."""
     label_age: int | None = None
-    """Steps that a label may be old before more teachers are asked for (19 of 20 labels; see --max-teachers).
-    Default: the steps of one pass over the target images, so that a label is new at every visit."""
+    """Steps that a label may be old before it counts as backlog, and that 19 of 20 labels may be old before more
+    teachers are asked for (--max-teachers). Default: those of one pass over the target images, so that a label is new
+    at every visit."""
     threads: int = 1
     """CPU threads of each student and teacher."""
     references: Literal["auto", "always", "never"] = "auto"
@@ -317,8 +318,6 @@ class AdaptOptions(DataOptions):
             raise RunError(
                 f"--max-teachers is {self.max_teachers}, fewer than --teachers {self.teachers}; give at least as many"
             )
-        if self.label_age is not None and self.max_teachers is None:
-            raise RunError("--label-age decides when more teachers are asked for; give --max-teachers, too")
         if self.label_age is not None and self.label_age < 1:
             raise RunError(f"--label-age is {self.label_age}; give a number of steps of at least 1")
 

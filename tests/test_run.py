@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import shlex
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import tyro
 from rich.console import Console
 
 import run
+from pipelines.capacity import Course, Measured, Pace, StageShape, StreamShape
+from pipelines.load_trial import Findings, Memory
 from pipelines.options import AdaptOptions, PriorOptions, write_config, write_options
 from pipelines.priors import Prior
 from pipelines.recipes.eplc import EplcOptions
@@ -366,7 +369,9 @@ def test_the_commands_of_the_readme_parse():
         given = shlex.split(command)
         words = next((n for n in (2, 1) if " ".join(given[:n]) in options), 0)
         if words:
-            tyro.cli(options[" ".join(given[:words])], args=given[words:])
+            kind = options[" ".join(given[:words])]
+            kind = run.CapacityOptions if kind is run.PlanOptions and run.plans_a_run(given) else kind
+            tyro.cli(kind, args=given[words:])
         elif "--help" in given:
             assert called(given) == 0
         elif given[:1] == ["tune"]:
@@ -463,3 +468,55 @@ def test_what_cannot_be_in_a_store_says_so_at_once(tmp_path, monkeypatch, capsys
     assert "s3://" in said
     assert "this machine" in said
     assert list(tmp_path.iterdir()) == [tmp_path / "x.jpg"]
+
+
+def capacity_found(load=0.0):
+    """Figures of a student, one and two teachers and the evaluator on two cores."""
+    stages = (StageShape("alignment", 200, 4), StageShape("self-training", 900, 4, (StreamShape(4_000_000, 8, 16, 3),)))
+    course = Course(256, stages, 1, 25, 100, 100, {1: 64, 2: 32}, 57_803.0, 7_391_856, 32, 64)
+    beside = {0: Pace(0.2), 1: Pace(0.25), 2: Pace(0.3), 3: Pace(0.35)}
+    whole = Pace(0.3), Pace(0.4)
+    image_seconds, alone = {1: 0.07, 2: 0.15, 3: 0.2}, (Pace(0.5), Pace(0.2))
+    figures = Measured(beside, image_seconds, 0.1, 0.1, alone, 0.07, 1, whole, "2 threads")
+    memory = {"student": Memory(730_000_000, 2_000_000_000), "teacher": Memory(360_000_000)}
+    return Findings(course, figures, (1, 2), memory, load, "2 CPU cores", shared=False, seconds=30.0)
+
+
+def test_a_plan_fits_a_terminal_and_ends_with_its_advice():
+    console = Console(width=100, record=True, file=StringIO(), soft_wrap=True)
+    run.print_capacity(run.CapacityOptions(), "mini", capacity_found(), console)
+    lines = console.export_text().rstrip().splitlines()
+    assert max(map(len, (line for line in lines if line[:1] in "┏┃┡│├└"))) <= 100
+    assert any(line.startswith("│ 1 ") for line in lines)
+    assert any("in turns, 4 rounds" in line for line in lines)
+    assert any("730 MB and 2,000 MB of a GPU" in line for line in lines)
+    assert "take 1 teacher: labels" in lines[-1]
+    assert "up to 128" in lines[-1]
+    assert not any("not idle" in line for line in lines)
+
+
+def test_a_plan_of_a_busy_machine_says_so():
+    console = Console(width=100, record=True, file=StringIO(), soft_wrap=True)
+    run.print_capacity(run.CapacityOptions(label_age=5), "mini", capacity_found(load=0.8), console)
+    shown = console.export_text()
+    assert "80% of its cores were busy before" in shown
+    assert "take turns" in shown.rstrip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--students", "0"], "--students is 0"),
+        (["--teachers=0"], "--teachers is 0"),
+        (["--teachers", "1", "--label-age", "0"], "--label-age is 0"),
+    ],
+)
+def test_a_plan_of_nobody_is_refused(arguments, said, capsys):
+    assert called(["plan", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_plan_shows_costs_unless_it_is_asked_for_a_run():
+    assert not run.plans_a_run(["--batch", "2"])
+    assert run.plans_a_run(["--students", "2"])
+    assert run.plans_a_run(["--teachers=2"])

@@ -23,6 +23,7 @@ from actors.prior_estimate import Adjustment, PriorEstimate
 from actors.protocols import LabelPlan
 from actors.staleness import StalenessPolicy, age_statistics
 from actors.storage import place
+from actors.weight_board import VersionGoneError
 
 COLLAPSE_SHARE = 0.5
 """Labels of a chunk look collapsed when they offer less than this share of the pixels, or of the effective number of
@@ -605,10 +606,12 @@ class LabelBank:
                 raise
             except ray.exceptions.RayError as error:
                 book.fail(chunk)
-                # A dead teacher starts again; one that raises, or never labelled anything, will not get better.
-                hopeless = isinstance(error, ray.exceptions.RayTaskError) or not book.counters.blocks
-                errors = errors + 1 if hopeless else 0
-                if errors >= ERRORS_TO_FAIL * (1 if isinstance(error, ray.exceptions.RayTaskError) else 20):
+                # A dead teacher starts again, and one that has just begun finds weights when the student is back;
+                # one that raises anything else, or never labelled anything, will not get better.
+                waits = isinstance(error, VersionGoneError)
+                defect = isinstance(error, ray.exceptions.RayTaskError) and not waits
+                errors = errors + 1 if defect or not (book.counters.blocks or waits) else 0
+                if errors >= ERRORS_TO_FAIL * (1 if defect else 20):
                     self.fatal = f"a teacher cannot label: {str(error).strip().splitlines()[-1]}"
                 await asyncio.sleep(0.2)
                 if isinstance(error, ray.exceptions.RayActorError):

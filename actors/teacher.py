@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.desk import Lasting
+from actors.weight_board import VersionGoneError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,14 +57,17 @@ class Teacher:
 
         When the asked-for version cannot be had any more (its student died), a teacher that has weights goes on with
         those: the header tells the version that was used.
+
+        Raises:
+            VersionGoneError: it has none yet either.
         """
         if version != self.labeller.version:
             try:
                 reference = ray.get(self.board.take.remote(version))[0]
                 self.labeller.load(version, ray.get(reference))
-            except (ray.exceptions.RayError, LookupError):
+            except (ray.exceptions.RayError, LookupError) as error:
                 if self.labeller.version is None:
-                    raise
+                    raise VersionGoneError(f"weights of step {version} died with who published them") from error
         return self.labeller.label(stage, chunk, start, stop, step, adjustment)
 
     def pid(self) -> int:

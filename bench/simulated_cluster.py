@@ -67,12 +67,18 @@ class SimulatedCluster:
     idle_minutes: float = 5.0
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="t")))
     port: int = field(default_factory=lambda: free_port())
+    dashboard_port: int = field(default_factory=lambda: free_port())
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
         """For ``--address``."""
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        """URL of Ray's dashboard."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
 
     def config(self) -> dict[str, Any]:
         """What ``ray up`` would read."""
@@ -128,7 +134,7 @@ class SimulatedCluster:
         self.process = self._start(
             *("--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--node-ip-address=127.0.0.1"),
             *("--num-cpus=1", f"--autoscaling-config={config}"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"),
         )
         connected = time.monotonic() + seconds
         while not self._answers():

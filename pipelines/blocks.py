@@ -136,14 +136,19 @@ class ReadPlan:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.scheduling_strategy = on_this_node()
+        context.scheduling_strategy = on_this_node(or_elsewhere=True)
         source = BlockSource(blocks, self.size, self.encoding, self.cache)
         return ray.data.read_datasource(source, num_cpus=self.cpus, override_num_blocks=len(blocks), concurrency=2)
 
 
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Where this process is: what a student reads must not be lost with the node of a teacher."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+def on_this_node(*, or_elsewhere: bool = False) -> NodeAffinitySchedulingStrategy:
+    """Where this process is: what a student reads must not be lost with the node of a teacher.
+
+    Args:
+        or_elsewhere: for a task that asks for a CPU, when none is free here.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(here, soft=or_elsewhere, _spill_on_unavailable=or_elsewhere)
 
 
 class SegmentReader:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from actors import label_bank
 from actors.label_bank import ERRORS_TO_FAIL, REFUSALS_TO_BLOCK, LabelBank, LabelBook, effective_classes
 from actors.prior_estimate import CELLS, Evidence, PriorEstimate, PriorPlan, estimated
-from actors.weight_board import WeightBoard
+from actors.weight_board import VersionGoneError, WeightBoard
 from models.priors import encode_posteriors
 
 
@@ -833,6 +833,21 @@ def test_dead_teachers_are_never_fatal():
         given = await bank([teacher], FakeBoard(40), calls_in_flight=1)
         await given.poll(1, 40, 0, 40)
         assert await failed(given, 3 * ERRORS_TO_FAIL) is None
+
+    run(test)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_teacher_that_has_just_begun_while_no_student_lives_is_not_fatal():
+    """The weights on the board died with the student; it publishes them again when it is back."""
+
+    async def test():
+        teacher = FakeTeacher()
+        gone = ray.exceptions.RayTaskError("label", "Traceback", VersionGoneError("weights of step 40 died"))
+        teacher.broken = lambda call: gone.as_instanceof_cause()
+        given = await bank([teacher], FakeBoard(40), calls_in_flight=1)
+        await given.poll(1, 40, 0, 40)
+        assert await failed(given, 21 * ERRORS_TO_FAIL) is None
 
     run(test)
 

@@ -23,7 +23,7 @@ def cluster():
         yield found
 
 
-def places():
+def places(cluster):
     """Kind of node → what runs there, by the names of actors' classes."""
     from ray.util.state import list_actors
 
@@ -32,7 +32,7 @@ def places():
         for node in ray.nodes()
     }
     found = {}
-    for actor in list_actors(limit=1000):
+    for actor in list_actors(address=cluster.dashboard, limit=1000):
         if actor.state == "ALIVE":
             found.setdefault(kinds[actor.node_id], []).append(actor.class_name)
     return found
@@ -41,7 +41,7 @@ def places():
 def test_a_teachers_node_is_lost_and_the_student_on_its_own_goes_on(cluster, tmp_path, tiny_folder):
     run = WatchedRun(cluster, tmp_path, ["--preset", "tiny", "--steps", str(STEPS), "--data", str(tiny_folder)])
     run.reaches(IN_SELF_TRAINING)
-    found = places()
+    found = places(cluster)
     assert found[TEACHER_NODE].count("Teacher") == 2
     assert "Evaluator" in found[TEACHER_NODE]
     assert {"SegmentReader", "RayTrainWorker"} <= set(found[STUDENT_NODE]), "pictures are read beside the student"

@@ -206,7 +206,7 @@ class SimulatedCluster:
             every = _descendants(self.process.pid)
             self.process.terminate()
             try:
-                self.process.wait(20)
+                self.process.wait(5)
             except subprocess.TimeoutExpired:
                 self.process.kill()
             for pid in {*every, *_of_session(self.folder)}:

@@ -132,8 +132,7 @@ def measure(
         try:
             return {"nodes": nodes_of(cluster), **events(cluster, run, at)}
         finally:
-            run.process.terminate()
-            run.process.wait(60)
+            run.process.kill()
 
 
 def nodes_of(cluster: SimulatedCluster) -> dict[str, int]:
@@ -241,9 +240,15 @@ def _rate(lines: list[dict[str, Any]]) -> float:
     return round((lines[-1]["step"] - lines[0]["step"]) / max(1e-9, lines[-1]["time"] - lines[0]["time"]), 3)
 
 
+def _stop(number: int, frame: Any) -> None:
+    """A cluster must not outlive whoever started it, however often that is asked to stop."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
 def main(arguments: list[str]) -> None:
     """Measure and print."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # a cluster must not outlive whoever started it
+    signal.signal(signal.SIGTERM, _stop)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1100, help="the demo's")
     parser.add_argument("--preset", default="mini")

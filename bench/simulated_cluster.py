@@ -27,7 +27,7 @@ import yaml
 from pipelines.environment import SETTINGS
 from pipelines.placement import BOOTSTRAP, STUDENT_NODE, TEACHER_NODE
 
-STORE_BYTES = 200_000_000
+STORE_BYTES = 1_000_000_000
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -203,13 +203,12 @@ class SimulatedCluster:
         """End all of it."""
         ray.shutdown()
         if self.process is not None:
-            every = _descendants(self.process.pid)
             self.process.terminate()
             try:
                 self.process.wait(5)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-            for pid in {*every, *_of_session(self.folder)}:
+            for pid in _of_session(self.folder):
                 _signal(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -250,8 +249,9 @@ def _is_raylet_of(pid: int, node: str) -> bool:
 
 
 def _of_session(folder: Path) -> list[int]:
-    """Processes that were started for a cluster, by its folder in their command lines."""
-    return [pid for pid in _processes() if f"{folder}/".encode() in _read(pid, "cmdline") and pid != os.getpid()]
+    """Processes that were started for a cluster: its folder is their home."""
+    home = f"HOME={folder}\0".encode()
+    return [pid for pid in _processes() if home in _read(pid, "environ")]
 
 
 def _descendants(pid: int) -> list[int]:

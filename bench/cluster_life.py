@@ -192,7 +192,7 @@ def life(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str,
         "miou": results["scores"]["adapted"]["miou"],
         "steps": results["steps"],
         "labels": results["labels"],
-        "teachers": {name: results["teachers"][name] for name in ("labels_made", "teacher_failures", "blocks_lost")},
+        "teachers": {name: results["teachers"].get(name) for name in ("labels_made", "teacher_failures", "idle_share")},
         "student": results["student"],
     }
 

@@ -181,11 +181,18 @@ class SimulatedCluster:
 
         Ray's provider for tests goes on believing in a node that was killed, so the autoscaler does not do it.
         """
-        self._start(
-            f"--address={self.address}",
-            f"--num-cpus={nodes.cpus}",
-            f"--resources={json.dumps({resource: 1})}",
-        )
+        before = set(self.alive(resource))
+        for _ in range(3):  # it sometimes gives up while the head is still busy with the loss
+            node = self._start(
+                f"--address={self.address}",
+                f"--num-cpus={nodes.cpus}",
+                f"--resources={json.dumps({resource: 1})}",
+            )
+            while node.poll() is None:
+                if set(self.alive(resource)) - before:
+                    return
+                time.sleep(0.1)
+        raise RuntimeError(f"no node with {resource} could be started; the logs are in {self.folder}")
 
     def kill_node(self, node: str) -> float:
         """Kill every process of a node at once; the time of day."""

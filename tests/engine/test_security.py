@@ -43,7 +43,7 @@ SAFE_TO_ASK = (
 )
 
 CHILD = r'''
-import http.client, json, os, sys
+import http.client, json, os, sys, time
 from pipelines import environment
 
 environment.prepare()
@@ -113,6 +113,16 @@ class Sleeper:
         return True
 
 
+def settled(path, seconds=30):
+    """What a path answers with the token; logs are an error until the node's agent has registered."""
+    end = time.monotonic() + seconds
+    while (status := ask(port, "GET", path.format(node=node), token)) == 500 and "logs" in path:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.5)
+    return status
+
+
 used = cluster.start(AdaptOptions(preset="tiny"))
 worker = ray.remote(num_cpus=0)(Sleeper).remote()
 ray.get(worker.ready.remote())
@@ -133,7 +143,7 @@ print(json.dumps({
     "used": [used.dashboard, used.sentence], "token": token, "gcs": info["gcs_address"],
     "session": info["session_dir"], "agent": info["dashboard_agent_listen_port"],
     "routes": routes(), "listening": listening,
-    "with": {path: ask(port, "GET", path.format(node=node), token) for path in safe},
+    "with": {path: settled(path) for path in safe},
     "login": ask(port, "POST", "/api/authenticate", token),
 }), flush=True)
 sys.stdin.read()

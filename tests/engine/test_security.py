@@ -271,6 +271,11 @@ def test_the_token_stands_in_one_file_for_its_user_and_nowhere_else(started, hom
     assert not (home / ".ray").exists()
 
 
+def joining(started):
+    """Of somebody on this machine: the cluster is on localhost alone, and Ray would look at this machine's address."""
+    return {"RAY_ADDRESS": started["gcs"], "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
 @pytest.mark.parametrize(
     ("token", "sentence"),
     [("f" * 64, "refuses the token in RAY_AUTH_TOKEN"), (None, "asks for a token, and none was given")],
@@ -278,7 +283,7 @@ def test_the_token_stands_in_one_file_for_its_user_and_nowhere_else(started, hom
 def test_who_has_not_the_clusters_token_cannot_join_it_and_reads_one_sentence_within_a_minute(
     started, surroundings, token, sentence
 ):
-    given = surroundings | {"RAY_ADDRESS": started["gcs"]} | ({} if token is None else {"RAY_AUTH_TOKEN": token})
+    given = surroundings | joining(started) | ({} if token is None else {"RAY_AUTH_TOKEN": token})
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", JOIN], cwd=ROOT, env=given, capture_output=True, text=True, timeout=60, check=False
@@ -289,7 +294,7 @@ def test_who_has_not_the_clusters_token_cannot_join_it_and_reads_one_sentence_wi
 
 
 def test_who_has_the_token_joins_and_is_told_so(started, surroundings):
-    given = surroundings | {"RAY_ADDRESS": started["gcs"], "RAY_AUTH_TOKEN": started["token"]}
+    given = surroundings | joining(started) | {"RAY_AUTH_TOKEN": started["token"]}
     done = subprocess.run(
         [sys.executable, "-c", JOIN], cwd=ROOT, env=given, capture_output=True, text=True, timeout=60, check=False
     )

@@ -16,6 +16,9 @@ from actors.desk import Desk
 from actors.evaluator import Evaluator, LastingEvaluator
 from actors.teacher import LastingTeacher, Teacher
 
+EVALUATOR_RETRIES = 3
+"""How often an evaluator that died is asked again for what it was doing; one that always dies of it ends the run."""
+
 
 class Crew:
     """Starts teachers and evaluators for one run."""
@@ -34,7 +37,7 @@ class Crew:
     def evaluator(self, options: dict[str, Any], *arguments: Any) -> Any:
         """The evaluator of a run; see :meth:`teachers`."""
         # What it is asked for can be asked again, wherever it starts again: the scores at the end are worth a wait.
-        kind = ray.remote(Evaluator).options(max_restarts=-1, max_task_retries=-1, **options)
+        kind = ray.remote(Evaluator).options(max_restarts=-1, max_task_retries=EVALUATOR_RETRIES, **options)
         return kind.remote(*arguments)
 
     def dismiss(self, actors: Sequence[Any]) -> None:

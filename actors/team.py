@@ -126,13 +126,13 @@ class Team:
         wanted = self.demand.look(now, status.get("teachers", len(self.present)), status)
         if wanted > len(self.hired):
             more = wanted - len(self.hired)
-            said.append(f"labels are missing or too old: {more} more teachers are asked for, {wanted} in all")
+            said.append(f"labels are missing or too old: {len(self.hired)} teachers become {wanted}")
             self._take(more, now)
         elif wanted < len(self.hired):
             self._leaving = self.hired[wanted:]
             self.hired = self.hired[:wanted]
             self.present = [teacher for teacher in self.present if teacher not in self._leaving]
-            said.append(f"{wanted} teachers keep labels fresh enough: {len(self._leaving)} are sent home")
+            said.append(f"labels are fresh enough for fewer teachers: {wanted + len(self._leaving)} become {wanted}")
         return [*said, *self._arrivals(now)]
 
     def end(self) -> None:

@@ -54,7 +54,7 @@ class Nodes:
 
 @dataclass
 class SimulatedCluster:
-    """A head without CPUs for anybody's work, and nodes for students and teachers.
+    """A head, whose CPU nobody with a node of its own asks for, and nodes for students and teachers.
 
     Attributes:
         students, teachers: nodes.

@@ -198,7 +198,8 @@ class Run:
         self.failing = False
         self.step = self.scored = 0
         self.scoring: Any = None
-        self.waits_for_student, self.waits_since = True, time.monotonic()
+        self.awaits_student: float | None = None
+        """Since when Ray Train has been looking for places; None when that has been mentioned, or nobody looks."""
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""
         self.recorded = 0.0
@@ -386,6 +387,7 @@ class Run:
                 failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=2),
             ),
         )
+        self.awaits_student = time.monotonic()
         value: dict[str, Any] = trainer.fit().return_value
         return value
 
@@ -440,16 +442,12 @@ class Run:
         if "train" in seen["newest"] or (self.labels_first and "student" in seen["newest"]):
             self._start_helpers()
             self._score_now_and_then()
-        if self.waits_for_student and time.monotonic() - self.waits_since > SECONDS_TO_MENTION:
+        if self.awaits_student is not None and time.monotonic() - self.awaits_student > SECONDS_TO_MENTION:
+            self.awaits_student = None
             if not seen["newest"]:
-                self.watch(
-                    "message",
-                    {
-                        "text": f"no student has a place yet (each needs {in_words(self.shares.student)}"
-                        "); the run begins when the cluster has one"
-                    },
-                )
-            self.waits_for_student = False
+                needs = in_words(self.shares.student)
+                text = f"no student has begun yet; each needs a place with {needs}, and begins when the cluster has one"
+                self.watch("message", {"text": text})
         failure = seen["failure"] or self.teacher_status.get("fatal") or self._learner_failure()
         if failure:
             raise RunError(failure)

@@ -145,7 +145,7 @@ def test_one_who_is_not_needed_any_more_goes_after_the_bank_has_heard_of_it(offi
     assert given.present == [first, last]
     demand.wanted = 1
     said = given.look(2.0, {})
-    assert said == ["1 teachers keep labels fresh enough: 1 are sent home"]
+    assert said == ["labels are fresh enough for fewer teachers: 2 become 1"]
     assert (given.present, office.dismissed) == ([first], []), "it may still be labelling"
     given.look(3.0, {})
     assert office.dismissed == [last]

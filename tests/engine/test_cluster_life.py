@@ -11,8 +11,8 @@ from pipelines.placement import STUDENT_NODE, TEACHER_NODE
 
 pytestmark = pytest.mark.slow
 
-STEPS = 240
-IN_SELF_TRAINING = 140
+STEPS = 400
+IN_SELF_TRAINING = 220
 
 
 @pytest.fixture

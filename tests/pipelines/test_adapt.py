@@ -1,5 +1,6 @@
 import json
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -283,15 +284,20 @@ def test_the_bank_hears_at_every_look_whom_it_may_call(watched):
     assert restarted.told == [("status", watched.teachers)]
 
 
-def test_a_student_that_has_no_place_yet_is_mentioned_once(watched):
+def test_a_student_that_has_no_place_yet_is_mentioned_once_and_only_where_ray_train_looks_for_one(watched):
     watched.run_log.answers["watch"] = {"newest": {}, "messages": [], "failure": None}
-    watched._look()
-    assert not watched.told or watched.told[-1][0] == "progress"
-    watched.waits_since -= SECONDS_TO_MENTION
-    for _ in range(2):
+
+    def said():
         watched._look()
-    said = [what["text"] for kind, what in watched.told if kind == "message"]
-    assert said == ["no student has a place yet (each needs 1 CPU); the run begins when the cluster has one"]
+        return [what["text"] for kind, what in watched.told if kind == "message"]
+
+    assert said() == [], "a student in this process has its place"
+    watched.awaits_student = time.monotonic()
+    assert said() == []
+    watched.awaits_student -= SECONDS_TO_MENTION
+    once = ["no student has begun yet; each needs a place with 1 CPU, and begins when the cluster has one"]
+    assert said() == once
+    assert said() == once
 
 
 def test_a_bank_that_has_not_begun_says_nothing(watched):

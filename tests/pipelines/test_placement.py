@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray.autoscaler.sdk
 import yaml
 
 from actors.errors import RunError
@@ -155,7 +156,7 @@ def test_where_only_teachers_have_nodes_of_their_own_students_are_anywhere():
 
 def test_a_run_that_wants_nodes_of_each_kind_asks_for_them_and_waits(monkeypatch):
     asked, said, there = [], [], iter([{"CPU": 1.0}, {"CPU": 2.0, "student_node": 1.0}, STUDENT | TEACHER])
-    monkeypatch.setattr(placement, "request_resources", lambda bundles: asked.append(bundles))
+    monkeypatch.setattr(ray.autoscaler.sdk, "request_resources", lambda bundles: asked.append(bundles))
     monkeypatch.setattr(ray, "cluster_resources", lambda: next(there))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     placement.wait_for_nodes(said.append, lambda: False)

@@ -289,6 +289,7 @@ class TrialLink:
     def __init__(self, plan: StagePlan, labels: OneBlock | None, rows: int) -> None:
         self.plan, self.labels, self.rows = plan, labels, rows
         self.publisher: Any = self
+        self.version: int | None = None
 
     def publish(self, version: int, network: nn.Module, *, student: nn.Module | None = None, **more: Any) -> None:
         """Copy to the host as :class:`actors.publisher.Publisher` does."""
@@ -296,6 +297,7 @@ class TrialLink:
             if module is not None:
                 for tensor in module.state_dict().values():
                     tensor.detach().to("cpu", copy=True)
+        self.version = version
         if self.labels is not None:
             self.labels.version = version
 

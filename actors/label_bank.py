@@ -34,6 +34,8 @@ ERRORS_TO_FAIL = 5
 """Calls in a row that may fail with an error of the teacher's code (not its death) before the run ends."""
 ASK_AGAIN_SECONDS = 1.0
 """How often a dead teacher is asked whether it is back."""
+VERSION_SECONDS = 0.05
+"""How long one answer of the board serves all teachers, and how often one without work asks for some."""
 
 ROUNDS_KEPT = 2
 """Finished rounds whose files stay."""
@@ -396,6 +398,9 @@ class LabelBank:
         """Files of the newest rounds that were made in this process."""
         self.fatal: str | None = None
         self.rewinds = 0
+        self._answer: asyncio.Future[int | None] | None = None
+        """The board's newest, for all teachers; forgotten where an older one would be wrong."""
+        self._asked_at = 0.0
         self.recalled: dict[int, tuple[list[float], list[float] | None]] = {}
         """Target priors by stage, from before a resume, and what the network that labelled saw by itself."""
 
@@ -437,6 +442,7 @@ class LabelBank:
         """See :meth:`LabelBook.rewind`. A student from before the stage began begins that stage, or another, itself."""
         self.student_step = step
         self.rewinds += 1
+        self._answer = None
         if self.book is not None and step < self.stage_version:
             self._close()
         if self.book is not None:
@@ -544,7 +550,7 @@ class LabelBank:
     def _close(self) -> None:
         for teacher in list(self.feeders):
             self._stop_feeding(teacher)
-        self.stage, self.book, self.round_file = -1, None, None
+        self.stage, self.book, self.round_file, self._answer = -1, None, None, None
 
     def _employ(self, teachers: list[Any]) -> None:
         """Call these teachers from now on, and no others."""
@@ -591,7 +597,7 @@ class LabelBank:
                 continue
             chunk = book.next_chunk(newest)
             if chunk is None:
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(VERSION_SECONDS)
                 continue
             try:
                 header_ref, block = teacher.label.options(num_returns=2).remote(
@@ -655,7 +661,13 @@ class LabelBank:
                 place(self.rounds.pop(0)).unlink(missing_ok=True)
 
     async def _version(self) -> int | None:
-        """The weights version that a teacher should use now."""
+        """The weights version that a teacher should use now, as the board said a moment ago at most."""
+        now = time.monotonic()
+        if self._answer is None or (self._answer.done() and now - self._asked_at >= VERSION_SECONDS):
+            self._answer, self._asked_at = asyncio.ensure_future(self._ask_board()), now
+        return await asyncio.shield(self._answer)  # a teacher that leaves must not take the answer along
+
+    async def _ask_board(self) -> int | None:
         assert self.book is not None
         if self.book.policy.refresh == "once":
             # The round's own weights are gone only when a round is lost after a resume: it is then made anew.

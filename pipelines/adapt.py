@@ -199,7 +199,8 @@ class Run:
         self.step = self.scored = 0
         self.scoring: Any = None
         self.awaits_student: float | None = None
-        """Since when Ray Train has been looking for places; None when that has been mentioned, or nobody looks."""
+        """Since when Ray Train has been looking for places; None once a student has begun, or where nobody looks."""
+        self.mentioned = False
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""
         self.recorded = 0.0
@@ -408,9 +409,12 @@ class Run:
             thread.join(WATCH_SECONDS)
             if interrupt.asked and not asked:
                 asked = True
-                self.watch("message", {"text": "stopping: saving a checkpoint (Ctrl-C again to abort)"})
+                what = "saving a checkpoint" if self.awaits_student is None else "no student has begun"
+                self.watch("message", {"text": f"stopping: {what} (Ctrl-C again to abort)"})
                 self.run_log.request_stop.remote()
             self._look()
+            if asked and self.awaits_student is not None:  # nothing to save, and who waits for a place hears nobody
+                return {"step": 0, "stopped": True}
         self._look()  # what was said and counted in the last moment
         if "error" in box:
             raise _readable(box["error"]) from box["error"]
@@ -442,12 +446,14 @@ class Run:
         if "train" in seen["newest"] or (self.labels_first and "student" in seen["newest"]):
             self._start_helpers()
             self._score_now_and_then()
-        if self.awaits_student is not None and time.monotonic() - self.awaits_student > SECONDS_TO_MENTION:
+        if seen["newest"]:
             self.awaits_student = None
-            if not seen["newest"]:
-                needs = in_words(self.shares.student)
-                text = f"no student has begun yet; each needs a place with {needs}, and begins when the cluster has one"
-                self.watch("message", {"text": text})
+        waited = 0.0 if self.awaits_student is None else time.monotonic() - self.awaits_student
+        if waited > SECONDS_TO_MENTION and not self.mentioned:
+            self.mentioned = True
+            needs = in_words(self.shares.student)
+            text = f"no student has begun yet; each needs a place with {needs}, and begins when the cluster has one"
+            self.watch("message", {"text": text})
         failure = seen["failure"] or self.teacher_status.get("fatal") or self._learner_failure()
         if failure:
             raise RunError(failure)

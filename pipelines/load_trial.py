@@ -1,52 +1,36 @@
 """What students, teachers and the evaluator need on this machine, alone and beside each other: seconds, without Ray.
 
-Every process of a run that computes is here a plain process with the same object in it: :class:`actors.student.Student`
-with its streams, publications and checkpoints, :class:`actors.labeller.Labeller`, scorer and watcher. Samples are read
-by processes of their own. What Ray adds (transport, bookkeeping) is not here. Networks are random: what a step or a
-label costs does not depend on the weights.
-
-Processes are started one set after the other, told to work or to rest, and watched for some seconds at a time.
+Every process of a run that computes is here a plain process with the same object in it (:mod:`pipelines.trial_roles`).
+They are started one set after the other, told to work or to rest, and watched for some seconds at a time.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import queue
-import resource
 import shutil
-import signal
 import statistics
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-import torch.distributed as dist
-from ray import cloudpickle
-from torch import nn
 
 from actors.errors import RunError
-from actors.label_bank import Delta, LabelBook
-from actors.label_view import LabelView
-from actors.labeller import YIELDING, Labeller, prepare_torch
-from actors.protocols import RawBatch, RunPlan, StagePlan, Stream, View
-from actors.student import Student
+from actors.protocols import RunPlan, StagePlan
 from pipelines import placement
-from pipelines.blocks import FIRST_BLOCKS, read_block
+from pipelines.blocks import FIRST_BLOCKS
 from pipelines.capacity import Course, Measured, Pace, StageShape, StreamShape
 from pipelines.placement import Capacity
 from pipelines.setup import WATCHED_IMAGES, Setup
-from pipelines.streams import QUEUE_BATCHES, SampleStream, collate
+from pipelines.streams import SampleStream
+from pipelines.trial_roles import OneBlock, evaluate, teach, train
+from pipelines.workers import Memory, Spent, Worker
 
 WINDOW_SECONDS = 1.0
 """How long processes are watched together at a time."""
@@ -60,428 +44,8 @@ MOST_HELPERS = 4
 """Teachers that are tried unless more are asked for."""
 MOST_LABELLERS = 16
 """Teachers that are started to see how fast all devices label while nothing trains."""
-EVALUATED = 4
-"""Images that the evaluator looks at, and scores, at a time here."""
-NICENESS = 15
-"""Of Ray's worker processes, its default: on a machine that others use, too, they wait like those of a run."""
 START_SECONDS = 300.0
 """In which a process must have begun, and a student have taken its first steps."""
-
-
-# --- the processes -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Something that a process did: when (``time.perf_counter``), and for how many images."""
-
-    began: float
-    ended: float
-    images: int = 0
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at most: of the process, and of its tensors on a GPU."""
-
-    process: int = 0
-    gpu: int = 0
-
-
-def own_memory() -> Memory:
-    """Of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    gpu = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
-    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, gpu)
-
-
-class Orders:
-    """A worker's end of its connection: what it does goes up, and it works or rests as it is told."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.working = False
-
-    def obey(self) -> None:
-        """Take new orders, and wait while they are to rest.
-
-        Raises:
-            EOFError: whoever gives orders is gone.
-        """
-        while not self.working or self.connection.poll():
-            self.working = self.connection.recv()
-            self.connection.send(self.working)
-
-    def tell(self, what: Any) -> None:
-        """Send a picklable thing up."""
-        self.connection.send(what)
-
-
-class Worker:
-    """A process that works or rests, and what it has told.
-
-    Args:
-        work: called in the process with its :class:`Orders` and the arguments.
-        arguments: for cloudpickle.
-    """
-
-    def __init__(self, work: Callable[..., None], *arguments: Any) -> None:
-        context = _context()
-        self.connection, other = context.Pipe()
-        payload = cloudpickle.dumps((work, arguments))
-        self.process = context.Process(target=_begin, args=(other, payload))
-        self.process.start()
-        other.close()
-        self.told: list[Any] = []
-        self.memory = Memory()
-        self.acknowledged: bool | None = None
-        self.first: Any = None
-        self.kinds = 1
-        """Kinds of things that it does in turn."""
-
-    def end(self) -> None:
-        """Kill it; there is nothing that it must save."""
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-    def take(self) -> None:
-        """Read one message; only when there is one.
-
-        Raises:
-            RunError: the process failed.
-        """
-        try:
-            what = self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            self.process.join(1)
-            raise RunError(
-                f"a process of the measurement died (exit code {self.process.exitcode}); that is mostly a lack of "
-                "memory: plan fewer --teachers or --students, or a smaller --batch"
-            ) from error
-        if isinstance(what, bool):
-            self.acknowledged = what
-        elif isinstance(what, Memory):
-            self.memory = what
-        elif isinstance(what, str):
-            raise RunError(what)
-        elif isinstance(what, Spent):
-            self.told.append(what)
-        else:
-            self.first = what
-
-
-def _context() -> Any:
-    """Processes come from a server that has imported this module, and has neither threads nor a GPU."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
-
-
-def _begin(connection: Connection, payload: bytes) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-    os.nice(max(0, NICENESS - os.nice(0)))
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        try:
-            work, arguments = cloudpickle.loads(payload)
-            work(Orders(connection), *arguments)
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            connection.send(lines[-1] if isinstance(error, RunError) and lines else f"{type(error).__name__}: {error}")
-
-
-# --- the student ---------------------------------------------------------------------------------------------------
-
-
-class PipedStream:
-    """A sample stream whose blocks are read in a process of their own, one block ahead.
-
-    Args:
-        stream: whose samples.
-        told: called before every batch, where this is the first stream of a step.
-    """
-
-    def __init__(self, stream: SampleStream, told: Callable[[], None] | None = None) -> None:
-        self.stream, self.told = stream, told
-        self.view: View = stream.view
-        self.images = stream.images
-
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Of the stream."""
-        return self.stream.indices(positions)
-
-    def batches(self, position: int, steps: int, batch: int, rank: int, world: int) -> Iterator[RawBatch]:
-        """See :class:`actors.protocols.Stream`."""
-        share = batch // world
-        rows = max(share, self.stream.block_rows // share * share)
-        context = _context()
-        connection, other = context.Pipe(duplex=False)
-        payload = cloudpickle.dumps((_read, (self.stream, position, rows, batch, rank, world)))
-        context.Process(target=_begin, args=(other, payload)).start()
-        other.close()
-        ready: queue.Queue[RawBatch | str] = queue.Queue(QUEUE_BATCHES)
-        threading.Thread(target=self._fill, args=(connection, ready, share), daemon=True).start()
-        for _ in range(steps):
-            if self.told is not None:
-                self.told()
-            item = ready.get()
-            if isinstance(item, str):
-                raise RunError(item)
-            yield item
-
-    def _fill(self, connection: Connection, ready: queue.Queue[RawBatch | str], share: int) -> None:
-        try:
-            while not isinstance(table := connection.recv(), str):
-                for start in range(0, table.num_rows, share):
-                    ready.put(collate(table.slice(start, share), self.stream.size))
-            ready.put(table)
-        except (EOFError, ConnectionResetError):
-            ready.put("a process that reads samples died; that is mostly a lack of memory")
-
-
-def _read(orders: Orders, stream: SampleStream, position: int, rows: int, batch: int, rank: int, world: int) -> None:
-    """Read blocks of one rank's samples until nobody wants them any more."""
-    share = batch // world
-    while True:
-        steps = rows // share
-        first = position + np.arange(steps)[:, None] * batch + rank * share
-        (files,) = stream.blocks((first + np.arange(share)).reshape(-1), rows)
-        orders.tell(read_block(files, stream.size, stream.split.label_encoding, stream.cache))
-        position += steps * batch
-
-
-class OneBlock:
-    """The three questions of a label view, answered from one block that stands for all: see ``Transport``.
-
-    References are numbers; a new version of every block appears with each publication.
-    """
-
-    def __init__(self, block: pa.Table, chunks: int, thresholds: np.ndarray | None = None) -> None:
-        self.block, self.chunks, self.thresholds = block, chunks, thresholds
-        self.version = 0
-
-    def ask(self, stage: int, stage_version: int, since: int, step: int) -> Any:
-        """The newest version of all blocks."""
-        return self.version, stage, since
-
-    def ready(self, references: Sequence[Any], timeout: float = 0.0) -> set[Any]:
-        """Everything is here."""
-        return set(references)
-
-    def get(self, reference: Any) -> Any:
-        """A delta, or the block."""
-        if not isinstance(reference, tuple):
-            return self.block
-        version, stage, since = reference
-        new = [(chunk, [chunk], version) for chunk in range(self.chunks)] if version >= since else []
-        return Delta(stage, version + 1, new, self.thresholds, True)
-
-    def report_lost(self, chunk: int, version: int) -> None:
-        """Nothing is."""
-
-
-class TrialLink:
-    """The student's link: it publishes copies that nobody reads, and reads labels that are always the same."""
-
-    def __init__(self, plan: StagePlan, labels: OneBlock | None, rows: int) -> None:
-        self.plan, self.labels, self.rows = plan, labels, rows
-        self.publisher: Any = self
-        self.version: int | None = None
-
-    def publish(self, version: int, network: nn.Module, *, student: nn.Module | None = None, **more: Any) -> None:
-        """Copy to the host as :class:`actors.publisher.Publisher` does."""
-        for module in (network, student):
-            if module is not None:
-                for tensor in module.state_dict().values():
-                    tensor.detach().to("cpu", copy=True)
-        self.version = version
-        if self.labels is not None:
-            self.labels.version = version
-
-    def flush(self) -> None:
-        """Nothing is under way."""
-
-    def rewind(self, step: int, **more: Any) -> None:
-        """Nothing was published before."""
-
-    def view(self, stage: int, stage_version: int) -> LabelView:
-        """The label view of the stage."""
-        assert self.plan.labels is not None
-        assert self.labels is not None
-        shape = dict(self.plan.labels.rule.layout.columns)[self.plan.labels.label_column]
-        size = shape[-2], shape[-1]
-        transport: Any = self.labels
-        return LabelView(self.plan.labels, size, self.rows, stage, stage_version, transport)
-
-    def write(self, kind: str, step: int, numbers: dict[str, Any]) -> None:
-        """Nobody reads metrics."""
-
-    def say(self, message: str, step: int) -> None:
-        """Nor this."""
-
-    def stop_requested(self) -> bool:
-        """It is killed."""
-        return False
-
-    def bank_index(self) -> dict[str, Any]:
-        """There is no bank."""
-        return {}
-
-    def report(self, numbers: dict[str, Any]) -> None:
-        """There is no Ray Train."""
-
-    def begin_teaching(self, stage: int, first_step: int, step: int) -> None:
-        """No teacher learns."""
-
-    def tell(self, standing: Any) -> None:
-        """Nor hears of it."""
-
-    def reward(self) -> None:
-        """Nor answers."""
-
-
-def train(
-    orders: Orders,
-    plan: RunPlan,
-    labels: OneBlock | None,
-    rows: int,
-    rank: int,
-    world: int,
-    meeting: str,
-    threads: int,
-    gpu: int | None,
-) -> None:
-    """Be a student of a plan with one stage, without end; tells when each step began."""
-    prepare_torch(threads)
-    device = _device(gpu)
-    if world > 1:
-        backend = "nccl" if gpu is not None else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)
-    (stage,) = plan.stages
-    began = [time.perf_counter()]
-
-    def told() -> None:
-        now = time.perf_counter()
-        orders.tell(Spent(began[0], now))
-        orders.tell(own_memory())
-        orders.obey()
-        began[0] = time.perf_counter()
-
-    streams: dict[str, Stream] = {}
-    for name, stream in stage.streams.items():
-        assert isinstance(stream, SampleStream)
-        streams[name] = PipedStream(stream, None if streams else told)
-    stage = replace(stage, streams=streams)
-    link: Any = TrialLink(stage, labels, rows)
-    Student(replace(plan, stages=(stage,)), link, rank, world, device).run()
-
-
-def _device(gpu: int | None) -> torch.device:
-    if gpu is None:
-        return torch.device("cpu")
-    torch.cuda.set_device(gpu)
-    return torch.device("cuda", gpu)
-
-
-# --- the helpers ---------------------------------------------------------------------------------------------------
-
-
-def teach(orders: Orders, setup: Setup, number: int, gpu: int | None) -> None:
-    """Be a teacher, without end; tells its first block, and then what every few images took."""
-    device = _helper_device(setup.options.threads, gpu)
-    plan = setup.labels[number]
-    before = plan_of(setup, number).labelled_by == "before"
-    builder = setup.plan.network_of(number - 1 if before else number)
-    labeller = Labeller(builder, setup.target_reader, {number: plan}, setup.plan.seed, device)
-    labeller.load(0, {name: tensor.cpu().numpy() for name, tensor in labeller.network.state_dict().items()})
-    rows, images = setup.label_rows()[number], len(setup.domains.target)
-    adjustment = LabelBook(images, rows, plan.for_bank()).adjustment
-    at, batch = 0, min(labeller.batch, images)
-
-    def label() -> tuple[Any, pa.Table, int]:
-        nonlocal at
-        start = at if at + batch <= images else 0
-        header, block = labeller.label(number, 0, start, start + batch, 0, adjustment)
-        at = start + batch
-        return header, block, batch
-
-    header, block, _ = label()
-    thresholds = None if plan.selection is None else plan.selection.thresholds(header.histogram)
-    orders.tell((block, thresholds))
-    _work(orders, lambda: (label()[2], "label"))
-
-
-def evaluate(orders: Orders, setup: Setup, number: int, gpu: int | None) -> None:
-    """Be the evaluator, without end: look at a few images, score a few."""
-    device = _helper_device(setup.options.threads, gpu)
-    network = setup.plan.network_of(number)()
-    weights = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    watcher = setup.make_watcher()(device)
-    watcher.indices = watcher.indices[:EVALUATED]
-    student = weights if plan_of(setup, number).ema_decay is not None else None
-    scorer = None if setup.domains.validation is None else setup.make_scorer()(device)
-    if scorer is not None:
-        scorer.reader = FewImages(scorer.reader, EVALUATED)
-    turn = 0
-
-    def look() -> tuple[int, str]:
-        nonlocal turn
-        turn += 1
-        if scorer is None or turn % 2:
-            watcher.look(weights, student)
-            return len(watcher.indices), "watch"
-        scorer.score(weights)
-        return len(scorer.reader), "score"
-
-    for _ in range(2):
-        look()
-    orders.tell(("ready",))
-    _work(orders, look)
-
-
-class FewImages:
-    """The first images of a labelled reader."""
-
-    def __init__(self, reader: Any, images: int) -> None:
-        self.reader, self.images = reader, min(images, len(reader))
-
-    def __len__(self) -> int:
-        return self.images
-
-    def read(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """Of the reader."""
-        image: np.ndarray = self.reader.read(index, size)
-        return image
-
-    def label(self, index: int) -> np.ndarray:
-        """Of the reader."""
-        label: np.ndarray = self.reader.label(index)
-        return label
-
-
-def _helper_device(threads: int, gpu: int | None) -> torch.device:
-    """As :func:`actors.labeller.helper_device`, for a process that Ray did not start."""
-    prepare_torch(threads)
-    if gpu is None:
-        os.nice(YIELDING)
-    return _device(gpu)
-
-
-def _work(orders: Orders, unit: Callable[[], tuple[int, str]]) -> None:
-    """Repeat something while told to work."""
-    orders.tell(own_memory())
-    while True:
-        orders.obey()
-        began = time.perf_counter()
-        images, kind = unit()
-        orders.tell(Spent(began, time.perf_counter(), images, kind))
-        orders.tell(own_memory())
-
-
-# --- the trial -----------------------------------------------------------------------------------------------------
 
 
 def plan_of(setup: Setup, number: int) -> StagePlan:
@@ -660,6 +224,38 @@ class Trial:
         Returns:
             What was found, and the bytes of a label record.
         """
+        teachers, evaluator = self._start_helpers()
+        labels = self._labels(teachers[0])
+        labellers = teachers[: self.devices]
+        alone = self._in_turns({0: (labellers, [])}, windows=1)[0]
+        label_seconds = 1 / sum(1 / _image_seconds(told) for told in alone.helpers)
+        self._end(teachers[self.tried[-1] :])
+        seen = self._side_by_side(teachers[: self.tried[-1]], evaluator, labels)
+        beside = {helping: pace_of(each.steps) for helping, each in seen.items()}
+        image_seconds = {
+            helping: statistics.mean(_image_seconds(told) for told in each.helpers[:count])
+            for helping, each in seen.items()
+            if (count := min(helping, self.tried[-1]))
+        }
+        looks = seen[self.tried[-1] + 1].helpers[-1]
+        watch_seconds, score_seconds = (_image_seconds(looks, kind) for kind in ("watch", "score"))
+        whole, words = self._on_all_devices(evaluator, labels)
+        self._end([evaluator])
+        measured = Measured(
+            beside,
+            image_seconds,
+            watch_seconds,
+            score_seconds,
+            self._alone(beside[0]),
+            label_seconds,
+            len(labellers),
+            whole,
+            words,
+        )
+        return measured, labels.block.nbytes / labels.block.num_rows
+
+    def _start_helpers(self) -> tuple[list[Worker], Worker]:
+        """Teachers, as many as are watched at once at any time, and the evaluator."""
         count = max(self.tried[-1], min(self.devices, MOST_LABELLERS))
         self.watch("teachers")
         teachers = [self._start(teach, self.setup, self.number, self._gpu(self.students + n)) for n in range(count)]
@@ -667,26 +263,15 @@ class Trial:
         evaluator.kinds = 1 + (self.setup.domains.validation is not None)
         helpers = [*teachers, evaluator]
         self._pump(lambda: all(helper.first is not None for helper in helpers), START_SECONDS)
-        labels = self._labels(teachers[0])
-        row_bytes = labels.block.nbytes / labels.block.num_rows
-        labellers = teachers[: self.devices]
-        alone = self._in_turns({0: (labellers, [])}, windows=1)[0]
-        label_seconds = 1 / sum(1 / _image_seconds(told) for told in alone.helpers)
-        self._end(teachers[self.tried[-1] :])
-        teachers = teachers[: self.tried[-1]]
+        return teachers, evaluator
+
+    def _side_by_side(self, teachers: list[Worker], evaluator: Worker, labels: OneBlock) -> dict[int, Together]:
+        """Students beside each number of teachers that is tried, and last beside all and the evaluator."""
         group = self._train(self.number, labels, self.students, self.threads)
-        most = self.tried[-1] + 1
         self.watch("students beside teachers and evaluator")
-        sets = {helping: teachers[:helping] for helping in (0, *self.tried)} | {most: [*teachers, evaluator]}
+        sets = {helping: teachers[:helping] for helping in (0, *self.tried)}
+        sets[self.tried[-1] + 1] = [*teachers, evaluator]
         seen = self._in_turns({helping: (helpers, group) for helping, helpers in sets.items()})
-        beside = {helping: pace_of(each.steps) for helping, each in seen.items()}
-        image_seconds = {
-            helping: statistics.mean(_image_seconds(told) for told in each.helpers[:count])
-            for helping, each in seen.items()
-            if (count := min(helping, self.tried[-1]))
-        }
-        looks = seen[most].helpers[-1]
-        watch_seconds, score_seconds = (_image_seconds(looks, kind) for kind in ("watch", "score"))
         self.memory = {
             "student": group[0].memory,
             "teacher": max((teacher.memory for teacher in teachers), key=lambda memory: memory.process),
@@ -694,38 +279,33 @@ class Trial:
         }
         self._end(group)
         self._end(teachers)
-        whole, words = None, ""
+        return seen
+
+    def _on_all_devices(self, evaluator: Worker, labels: OneBlock) -> tuple[tuple[Pace, Pace] | None, str]:
+        """Students that take what teachers would, alone and beside the evaluator, and what that is in words."""
         students, threads = self._all_devices()
-        if (students, threads) != (self.students, self.threads):
-            words = f"{threads} threads" if not self.gpus else f"{students} GPUs"
-            self.watch(f"student on all devices ({words})")
-            group = self._train(self.number, labels, students, threads, spread=True)
-            both = self._in_turns({0: ([], group), 1: ([evaluator], group)}, windows=1)
-            whole = pace_of(both[0].steps), pace_of(both[1].steps)
-            self._end(group)
-        self._end([evaluator])
+        if (students, threads) == (self.students, self.threads):
+            return None, ""
+        words = f"{threads} threads" if not self.gpus else f"{students} GPUs"
+        self.watch(f"student on all devices ({words})")
+        group = self._train(self.number, labels, students, threads, spread=True)
+        both = self._in_turns({0: ([], group), 1: ([evaluator], group)}, windows=1)
+        self._end(group)
+        return (pace_of(both[0].steps), pace_of(both[1].steps)), words
+
+    def _alone(self, planned: Pace) -> tuple[Pace, ...]:
+        """Students without helpers in every stage; in the planned one, that has been seen."""
         paces = []
         for number, stage in enumerate(self.setup.plan.stages):
             if number == self.number:
-                paces.append(beside[0])
+                paces.append(planned)
                 continue
             self.watch(f"stage {stage.name}")
             given = None if stage.labels is None else self._labels_of(number)
             group = self._train(number, given, self.students, self.threads)
             paces.append(pace_of(self._in_turns({0: ([], group)}, windows=1)[0].steps))
             self._end(group)
-        measured = Measured(
-            beside,
-            image_seconds,
-            watch_seconds,
-            score_seconds,
-            tuple(paces),
-            label_seconds,
-            len(labellers),
-            whole,
-            words,
-        )
-        return measured, row_bytes
+        return tuple(paces)
 
     def _labels_of(self, number: int) -> OneBlock:
         """Labels of another stage, from a teacher that makes one block."""

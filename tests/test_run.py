@@ -11,11 +11,12 @@ from rich.console import Console
 
 import run
 from pipelines.capacity import Course, Measured, Pace, StageShape, StreamShape
-from pipelines.load_trial import Findings, Memory
+from pipelines.load_trial import Findings
 from pipelines.options import AdaptOptions, PriorOptions, write_config, write_options
 from pipelines.priors import Prior
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.run_prior import Found
+from pipelines.workers import Memory
 from tests.own_data import write_own_data
 from tune_spaces.options import SweepOptions
 

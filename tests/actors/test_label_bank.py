@@ -1,4 +1,5 @@
 import asyncio
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from actors import label_bank
-from actors.label_bank import ERRORS_TO_FAIL, REFUSALS_TO_BLOCK, LabelBank, LabelBook, effective_classes
+from actors.label_bank import (
+    ERRORS_TO_FAIL,
+    REFUSALS_TO_BLOCK,
+    VERSION_SECONDS,
+    LabelBank,
+    LabelBook,
+    effective_classes,
+)
 from actors.prior_estimate import CELLS, Evidence, PriorEstimate, PriorPlan, estimated
 from actors.weight_board import VersionGoneError, WeightBoard
 from models.priors import encode_posteriors
@@ -1001,6 +1009,57 @@ def test_a_board_that_does_not_answer_is_asked_again():
             return bool(given.book.entries)
 
         await until(labelled)
+        await close(given)
+
+    run(test)
+
+
+def test_teachers_without_work_share_one_answer_of_the_board():
+    async def test():
+        board, asked = FakeBoard(40), []
+
+        def newest():
+            asked.append(board.board.newest_version())
+            return soon(asked[-1], after=0.001)
+
+        board.newest_version = Remote(newest)
+        given = await bank([FakeTeacher() for _ in range(16)], board)
+        await given.poll(1, 40, 0, 40)
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete)
+        began, before = time.monotonic(), len(asked)
+        await asyncio.sleep(0.3)
+        most = (time.monotonic() - began) / VERSION_SECONDS + 1
+        assert 1 <= len(asked) - before <= most, "and 32 times as many when each of them asks"
+        board.publish(50)
+
+        async def labelled_again():
+            return all(entry.version == 50 for entry in given.book.entries.values())
+
+        await until(labelled_again)
+        await close(given)
+
+    run(test)
+
+
+def test_a_teacher_that_leaves_does_not_take_the_answer_of_the_board_along():
+    async def test():
+        board = FakeBoard(40)
+        board.newest_version = Remote(lambda: soon(40, after=0.05))
+        leaves, stays = FakeTeacher(), FakeTeacher()
+        given = await bank([leaves, stays], board)
+        await given.poll(1, 40, 0, 40)
+        await asyncio.sleep(0.01)
+        await given.status([stays])
+
+        async def complete():
+            return given.book.round_complete
+
+        await until(complete, seconds=1.0)
+        assert leaves.calls == []
         await close(given)
 
     run(test)

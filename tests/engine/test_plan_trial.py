@@ -5,7 +5,8 @@ import pytest
 import run
 from actors.errors import RunError
 from pipelines import load_trial
-from pipelines.load_trial import Worker, measure
+from pipelines.load_trial import measure
+from pipelines.workers import Worker
 
 pytestmark = pytest.mark.slow
 

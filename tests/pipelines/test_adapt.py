@@ -1,5 +1,6 @@
 import json
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -298,6 +299,36 @@ def test_a_student_that_has_no_place_yet_is_mentioned_once_and_only_where_ray_tr
     once = ["no student has begun yet; each needs a place with 1 CPU, and begins when the cluster has one"]
     assert said() == once
     assert said() == once
+
+
+def test_a_run_whose_student_waits_for_a_place_is_stopped_at_once(watched):
+    """Ray Train would look for one for as long as the process lives."""
+    interrupt, place = Interrupt(), threading.Event()
+    watched.run_log.answers.update(watch={"newest": {}, "messages": [], "failure": None}, request_stop=None)
+
+    def look_for_a_place():
+        watched.awaits_student = time.monotonic()
+        interrupt(2, None)
+        place.wait(30)
+        return {"step": 3, "stopped": True}
+
+    try:
+        assert watched._watched(look_for_a_place, interrupt) == {"step": 0, "stopped": True}
+    finally:
+        place.set()
+
+
+def test_a_run_whose_student_has_begun_is_stopped_by_the_student(watched):
+    interrupt = Interrupt()
+    interrupt(2, None)
+    watched.run_log.answers["request_stop"] = None
+
+    def train():
+        watched.awaits_student = time.monotonic()
+        time.sleep(0.3)
+        return {"step": 7, "stopped": True}
+
+    assert watched._watched(train, interrupt) == {"step": 7, "stopped": True}
 
 
 def test_a_bank_that_has_not_begun_says_nothing(watched):

@@ -10,9 +10,11 @@ from actors.label_view import LabelView
 from actors.protocols import LabelPlan, RuleShape
 from actors.records import RecordLayout, encode
 from actors.staleness import StalenessPolicy
-from pipelines.load_trial import PUBLISH_EVERY, OneBlock, Spent, course_of, measure, pace_of, planned_stage, trial_plan
+from pipelines.load_trial import PUBLISH_EVERY, course_of, measure, pace_of, planned_stage, trial_plan
 from pipelines.options import AdaptOptions
 from pipelines.setup import resolve
+from pipelines.trial_roles import OneBlock
+from pipelines.workers import Spent
 
 
 def options(tiny_folder, **more):

@@ -195,7 +195,7 @@ def test_held_out_source_images_are_scored_in_one_view(tiny_folder):
 
 def test_weights_of_another_network_are_refused_before_anything_starts(weights):
     with pytest.raises(RunError, match=r"whole\.pth: the checkpoint belongs to another network"):
-        resolve(weights("whole", preset="mini"))
+        resolve(weights("whole", recipe="proda"))
 
 
 @pytest.mark.parametrize(

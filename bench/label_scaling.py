@@ -8,7 +8,7 @@ all the while and publishes weights so often that no teacher ever waits for new 
 **Efficiency** of M teachers is labels/s ÷ (M × labels/s of one), within one round of measurements; rounds repeat all M
 in turn. A sleeping teacher still encodes its labels and writes them to the object store, so what is lost at many
 teachers is lost to the bank, to Ray, or to the cores of the machine; the processor time of each is given beside. Few
-teachers are watched for longer, since a block more or less would show in them. On a virtual machine a measurement during
+teachers are watched for longer, since a block more or less would show in them. On a virtual machine a measurement in
 which the host took more than a twentieth of its cores away (``stolen_cores``) is made again, three times at most.
 
 **Where it stops**: teachers that do not sleep at all, at three sizes of record. ``bank_ms_a_call`` is processor time of
@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -326,8 +327,8 @@ def show(name: str, found: dict[str, Any]) -> None:
         print(
             f"  {count:>2} teachers: {share['median']:.1%} ({share['min']:.1%} to {share['max']:.1%}); last round "
             f"{last['records_per_s']:.1f} records/s, {last['mb_per_s']:.1f} MB/s; cores: bank "
-            f"{last['bank_cores']:.2f}, machine {last['machine_cores']:.2f}, stolen {last['stolen_cores']:.2f}; poll p95 {last['poll_ms_p95']:.1f} ms, "
-            f"wrong {last['wrong']}"
+            f"{last['bank_cores']:.2f}, machine {last['machine_cores']:.2f}, stolen {last['stolen_cores']:.2f}; "
+            f"poll p95 {last['poll_ms_p95']:.1f} ms, wrong {last['wrong']}"
         )
     for count, one in found.get("by_teachers", {}).items():
         print(
@@ -348,11 +349,13 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     engine = Engine()
     results: dict[str, Any] = {}
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     try:
         for part, measure, loads in (("scaling", scaling, REALISTIC), ("stop", stop, WITHOUT_COMPUTE)):
             if given.only not in (None, part):
                 continue
-            results[part] = {"cores": os.cpu_count(), "seconds": given.seconds}
+            results[part] = {"commit": commit, "cores": os.cpu_count(), "seconds": given.seconds}
             for name, load in loads.items():
                 results[part][name] = measure(engine, load, given.rounds, given.seconds)
                 show(f"{part}, {name}", results[part][name])

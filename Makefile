@@ -8,12 +8,14 @@ STAMP  := $(VENV)/.installed
 demo: $(STAMP)
 	$(VENV)/bin/python run.py --benchmark synthia2city
 
+# A process for every core, but for the tests with a Ray cluster: one such run takes the machine by itself.
 test: $(STAMP) lint
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --ignore tests/engine
+	$(VENV)/bin/python -m pytest -q tests/engine
 
-# The inner loop: everything that needs no Ray cluster.
+# The inner loop: everything that is quick and needs no Ray cluster.
 check: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope -m "not slow"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -37,11 +37,12 @@ from bench.command_runs import ROOT  # noqa: E402
 from bench.marked import write_between  # noqa: E402
 from models.priors import shares  # noqa: E402
 from pipelines.benchmarks import benchmark  # noqa: E402
+from pipelines.class_frequencies import statistics_folder  # noqa: E402
 from pipelines.options import AdaptOptions  # noqa: E402
 from pipelines.priors import Prior, write_prior  # noqa: E402
 from pipelines.results import versions  # noqa: E402
 from pipelines.run_prior import estimate_with  # noqa: E402
-from pipelines.setup import Setup, resolve, statistics_folder  # noqa: E402
+from pipelines.setup import Setup, resolve  # noqa: E402
 from pipelines.source_statistics import class_pixels  # noqa: E402
 
 RESULTS = ROOT / "docs/results/label-shift.json"

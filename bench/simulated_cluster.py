@@ -139,7 +139,7 @@ class SimulatedCluster:
         connected = time.monotonic() + seconds
         while not self._answers():
             if time.monotonic() > connected or self.process.poll() is not None:
-                raise RuntimeError(f"the simulated cluster did not start; its logs are in {self.folder}")
+                raise RuntimeError(f"the simulated cluster did not start: {self.said.read_text()[-3000:]}")
             time.sleep(0.2)
         ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
         self.until(lambda: len(self.alive()) >= 1 + self.students.least + self.teachers.least, seconds)
@@ -149,10 +149,15 @@ class SimulatedCluster:
         return subprocess.Popen(
             [ray_command, "start", "--block", f"--object-store-memory={STORE_BYTES}", *arguments],
             env=self.environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=self.said.open("ab"),
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+    @property
+    def said(self) -> Path:
+        """What the nodes say that are started here."""
+        return self.folder / "nodes.log"
 
     def _answers(self) -> bool:
         with socket.socket() as probe:
@@ -167,7 +172,7 @@ class SimulatedCluster:
         began = time.monotonic()
         while not condition():
             if time.monotonic() - began > seconds:
-                raise RuntimeError(f"it did not happen within {seconds} s; the logs are in {self.folder}")
+                raise RuntimeError(f"it did not happen within {seconds} s")
             time.sleep(0.1)
         return time.monotonic() - began
 
@@ -192,7 +197,7 @@ class SimulatedCluster:
                 if set(self.alive(resource)) - before:
                     return
                 time.sleep(0.1)
-        raise RuntimeError(f"no node with {resource} could be started; the logs are in {self.folder}")
+        raise RuntimeError(f"no node with {resource} could be started: {self.said.read_text()[-3000:]}")
 
     def kill_node(self, node: str) -> float:
         """Kill every process of a node at once; the time of day."""

@@ -14,10 +14,11 @@ from actors.labeller import Networks
 from actors.prior_estimate import Method, PriorPlan, estimated
 from actors.storage import Place, place
 from models.priors import shares
+from pipelines.class_frequencies import statistics_folder
 from pipelines.options import read_config
 from pipelines.prior_estimation import source_prior
 from pipelines.priors import Prior, read_prior, write_prior
-from pipelines.setup import Setup, resolve, statistics_folder
+from pipelines.setup import Setup, resolve
 from pipelines.source_statistics import class_pixels
 from pipelines.trained import check_fits, check_same_classes
 from pipelines.weights import Weights, newest_weights

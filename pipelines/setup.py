@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from actors.errors import RunError
 from actors.evaluator import Scorer
-from actors.prior_estimate import PriorPlan, SourceSight
+from actors.prior_estimate import SourceSight
 from actors.protocols import LabelPlan, RunPlan, StagePlan, Stream, View
 from actors.showcase import Showcase
 from actors.storage import Place, place
@@ -23,10 +23,19 @@ from actors.watcher import Watcher
 from models.networks.build import NETWORKS, PUBLISHED, Build, Config, named_config
 from models.networks.segmenter import Heads
 from pipelines.benchmarks import Benchmark, Domains, Published, benchmark, own_benchmark
+from pipelines.class_frequencies import (
+    sight_of,
+    source_images,
+    statistics_folder,
+    target_prior,
+    unseen,
+    with_adjusted_labels,
+    with_refined_classifiers,
+)
 from pipelines.datasets.dataset import Split
 from pipelines.decode_cache import DecodeCache
 from pipelines.options import AdaptOptions, DataOptions
-from pipelines.prior_estimation import SourceImages, Survey, prior_plan
+from pipelines.prior_estimation import SourceImages, Survey
 from pipelines.priors import published_names
 from pipelines.pseudo_labels.given import check_given, with_given_labels
 from pipelines.pseudo_labels.table import Table
@@ -34,7 +43,6 @@ from pipelines.recipes import recipe
 from pipelines.recipes.few_labels import with_few_labels
 from pipelines.recipes.light_student import with_light_student
 from pipelines.recipes.recipe import Ingredients, Preset, Recipe, Size, preset
-from pipelines.recipes.refinement import REFINEMENT, with_refinement
 from pipelines.recipes.supervised import reference_stages
 from pipelines.source_statistics import class_pixels
 from pipelines.streams import ClassAwareOrder, SampleOrder, SampleStream, SplitReader
@@ -107,7 +115,7 @@ class Setup:
 
     def source_sight(self, ignore_bottom: float) -> SourceImages:
         """Labelled source images, for estimates of what is taken for what; without their lowest rows."""
-        return _source_images(self.domains, self.preset, self.cache, ignore_bottom)
+        return source_images(self.domains, self.preset, self.cache, ignore_bottom)
 
     def survey(self, ignore_bottom: float, source: SourceSight | None) -> Survey:
         """What asks a network how frequent classes look on the target images; without their lowest rows."""
@@ -236,18 +244,17 @@ def resolve(options: AdaptOptions, *, to_train: bool = True) -> Setup:
             "--references always trains source-only and oracle from the same start, and a whole network that has been "
             "trained before would make neither of them what it is called; leave it out, or start from a backbone"
         )
-    prior = _prior(named, pair, domains, stages)
+    prior = target_prior(named, pair, domains, stages)
     if prior is not None and not options.prior.refine_steps:
-        sight = _sight(prior, domains, size, cache, _unseen(pair, stages))
-        stages = _with_adjusted_labels(stages, prior, sight)
+        stages = with_adjusted_labels(stages, prior, sight_of(prior, domains, size, cache, unseen(pair, stages)))
     makes = next((stage.labels for stage in reversed(stages) if stage.labels is not None), None)
     if domains.few is not None:
         stages = with_few_labels(stages, ingredients)
     every, stages = stages, stages[options.from_stage - 1 : options.to_stage]
     if prior is not None and options.prior.refine_steps:
-        bottom = _unseen(pair, every)
-        sight = _sight(prior, domains, size, cache, bottom)
-        stages = _with_refinement(named, every, stages, ingredients, prior, sight, bottom)
+        bottom = unseen(pair, every)
+        sight = sight_of(prior, domains, size, cache, bottom)
+        stages = with_refined_classifiers(named, every, stages, ingredients, prior, sight, bottom)
     if options.pseudo_labels is not None:
         stages = with_given_labels(stages)
     _check_batches(options, network, stages)
@@ -403,101 +410,6 @@ def _named_network(role: str, name: str, size: Preset, families: tuple[Heads, ..
     return replace(found, pixels=size.network.pixels) if alike else found
 
 
-def _prior(options: AdaptOptions, pair: Benchmark, domains: Domains, stages: tuple[StagePlan, ...]) -> PriorPlan | None:
-    """The class frequencies of the target that labels, or classifiers, are adjusted to; None where nothing is.
-
-    Raises:
-        RunError: there is nothing to adjust, or no such table or file.
-    """
-    wanted = options.resolved_adjust_prior
-    if wanted is None:
-        return None
-    if not options.prior.refine_steps:
-        first = next((number for number, stage in enumerate(stages, 1) if stage.labels is not None), None)
-        nothing = None
-        if options.pseudo_labels is not None:
-            nothing = "--pseudo-labels are taken as they are"
-        elif first is None:
-            nothing = f"recipe {options.recipe} makes no pseudo labels; run.py evaluate and predict adjust without any"
-        elif first < options.from_stage:
-            nothing = f"of the stages with pseudo labels the first is adjusted, {first}, and the run begins after it"
-        if nothing is not None and options.adjust_prior == "auto":
-            return None
-        if nothing is not None:
-            raise RunError(f"--adjust-prior {wanted} would change nothing: {nothing}. Leave it out")
-    folder, bottom = statistics_folder(options), _unseen(pair, stages)
-    return prior_plan(wanted, options.prior, pair.classes, domains.source, folder, bottom)
-
-
-def _unseen(pair: Benchmark, stages: tuple[StagePlan, ...]) -> float:
-    """Share of the images' height, from below, that tells nothing of class frequencies: where there are no labels."""
-    labels = next((stage.labels for stage in stages if stage.labels is not None), None)
-    return pair.bonnet if labels is None else getattr(labels.rule, "ignore_bottom", 0.0)
-
-
-def _sight(
-    prior: PriorPlan, domains: Domains, size: Preset, cache: DecodeCache, ignore_bottom: float
-) -> SourceImages | None:
-    """Labelled source images, where an estimate needs to see what is taken for what on them."""
-    if prior.target is not None or prior.method != "confusion":
-        return None
-    return _source_images(domains, size, cache, ignore_bottom)
-
-
-def _source_images(domains: Domains, size: Preset, cache: DecodeCache, ignore_bottom: float) -> SourceImages:
-    return SourceImages(SplitReader(domains.source, cache), size.stages[-1].source_size, ignore_bottom)
-
-
-def _with_adjusted_labels(
-    stages: tuple[StagePlan, ...], prior: PriorPlan, sight: SourceImages | None
-) -> tuple[StagePlan, ...]:
-    """The stages of a recipe with the first labels adjusted to the target's class frequencies.
-
-    Labels after the first are made by networks that have learned from adjusted ones: to adjust them, too, would count
-    the same frequencies twice.
-    """
-    first = next(number for number, stage in enumerate(stages) if stage.labels is not None)
-    labels = stages[first].labels
-    assert labels is not None
-    return (
-        *stages[:first],
-        replace(stages[first], labels=replace(labels, prior=prior, source=sight)),
-        *stages[first + 1 :],
-    )
-
-
-def _with_refinement(
-    options: AdaptOptions,
-    every: tuple[StagePlan, ...],
-    run: tuple[StagePlan, ...],
-    ingredients: Ingredients,
-    prior: PriorPlan,
-    sight: SourceImages | None,
-    bottom: float,
-) -> tuple[StagePlan, ...]:
-    """Of all stages of a recipe those that are run, and refinement before the first that has labels.
-
-    Raises:
-        RunError: that one lies before those that are run.
-    """
-    reader, asked = ingredients.reader, options.prior
-    assert reader is not None
-    survey = Survey(reader, ingredients.preset.label_views[-1], options.seed, bottom, prior.temperature, sight)
-    refined = with_refinement(
-        every, ingredients, prior, survey, asked.refine_steps, asked.refine_rate, asked.refine_over
-    )
-    at = next(number for number, stage in enumerate(refined) if stage.name == REFINEMENT)
-    place = at - (options.from_stage - 1)
-    if place > len(run):  # the run ends before it
-        return run
-    if place < 0:
-        raise RunError(
-            f"refinement comes before stage {at + 1}, and --from-stage {options.from_stage} is after that; leave "
-            "--prior.refine-steps out, or begin earlier"
-        )
-    return (*run[:place], refined[at], *run[place:])
-
-
 def _check_batches(options: AdaptOptions, network: Callable[[], nn.Module], stages: tuple[StagePlan, ...]) -> None:
     """Refuse batches that students cannot share, or that leave one fewer images than its network needs at a time.
 
@@ -598,11 +510,6 @@ def _by_class(split: Split, options: AdaptOptions, cache: DecodeCache) -> Callab
         return SampleStream(split=split, size=size, order=order, view=view, cache=cache)
 
     return open_stream
-
-
-def statistics_folder(options: AdaptOptions) -> Path | None:
-    """Where counts of labels are kept."""
-    return Path(options.data).absolute() if options.cache else None
 
 
 def _scorer(

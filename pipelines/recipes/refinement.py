@@ -26,8 +26,6 @@ from pipelines.views import Whole
 
 PUBLISHED_HORIZON = 62_500
 """Steps at which the published rate reaches zero."""
-REFINEMENT = "refinement"
-"""Name of the stage."""
 FULL_FACTOR, SMALL_FACTOR = 10.0, 0.1
 """Rate, of the stage's before it: as published, and for a random network, whose parts all learn at that one."""
 
@@ -102,7 +100,7 @@ class RefinementObjective:
         self._place()
 
 
-def with_refinement(
+def refinement(
     stages: tuple[StagePlan, ...],
     ingredients: Ingredients,
     prior: PriorPlan,
@@ -110,8 +108,8 @@ def with_refinement(
     steps: int,
     rate: float | None,
     over: Literal["all", "labelled"],
-) -> tuple[StagePlan, ...]:
-    """The stages of a recipe with one of refinement before the first that has labels; after the last if none has.
+) -> tuple[int, StagePlan]:
+    """A stage of refinement and its place among a recipe's: before the first that has labels; at the end if none has.
 
     It has size and batch of the stage before it, and source images that are sampled by class, as published. Whoever
     labels next does so with the refined classifiers.
@@ -129,8 +127,8 @@ def with_refinement(
     full = preset.name == "full"
     if rate is None:
         rate = schedule.learning_rate * (FULL_FACTOR if full else SMALL_FACTOR)
-    refinement = StagePlan(
-        name=REFINEMENT,
+    return at, StagePlan(
+        name="refinement",
         steps=steps,
         batch=schedule.batch,
         streams={"source": ingredients.by_class(schedule.source_size, training_view(ingredients, schedule))},
@@ -143,4 +141,3 @@ def with_refinement(
         plain_view=before.plain_view or Whole(preset.network.pixels),
         frozen_norms=ingredients.faithful,
     )
-    return (*stages[:at], refinement, *stages[at:])

@@ -47,7 +47,7 @@ class StartedRun:
                 done.append(True)
                 do(self)
 
-        before, adapt_module.WATCH_SECONDS = adapt_module.WATCH_SECONDS, 0.02
+        before, adapt_module.WATCH_SECONDS = adapt_module.WATCH_SECONDS, 0.1
         try:
             self.run = Run(self.setup, shares, watch, {}, self.setup.open_given())
             outcome = self.run.execute(self.stop)

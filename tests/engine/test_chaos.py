@@ -16,8 +16,8 @@ from actors.errors import RunError
 
 pytestmark = pytest.mark.slow
 
-STEPS = 200
-IN_SELF_TRAINING = 110
+STEPS = 100
+IN_SELF_TRAINING = 55
 """The second half of the steps is self-training; labels are read from its beginning on."""
 
 
@@ -88,7 +88,7 @@ def broken(tmp_path, tiny_folder):
     """A run on a copy of the miniature in which one of the 24 source images is cut short, and that image's path."""
     if (tiny_folder / "miniature").exists():  # else it is rendered
         shutil.copytree(tiny_folder / "miniature", tmp_path / "data" / "miniature")
-    run = start_run(tmp_path, tmp_path / "data", steps=40)
+    run = start_run(tmp_path, tmp_path / "data", steps=26)
     path = run.setup.domains.source.image_paths[5]
     assert path.startswith(str(tmp_path))
     os.truncate(path, os.path.getsize(path) // 2)

@@ -11,8 +11,8 @@ from pipelines.placement import STUDENT_NODE, TEACHER_NODE
 
 pytestmark = pytest.mark.slow
 
-STEPS = 400
-IN_SELF_TRAINING = 220
+STEPS = 200
+IN_SELF_TRAINING = 110
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from pipelines.recipes import recipe
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.label_shift import ClassAlignmentObjective, LabelShiftOptions
 from pipelines.recipes.recipe import Ingredients, preset
-from pipelines.recipes.refinement import ClassifierSgd, RefinementObjective, with_refinement
+from pipelines.recipes.refinement import ClassifierSgd, RefinementObjective
+from pipelines.recipes.refinement import refinement as refinement_stage
 from pipelines.recipes.supervised import SegmentationTerm
 from tests.pipelines.test_proda import Pictures, context
 from tests.pipelines.test_recipes import Opener
@@ -316,7 +317,8 @@ def test_an_unknown_prior_is_asked_of_the_network_that_the_stage_finds_once():
 
 def refined(stages, given, **more):
     asked = {"steps": 7, "rate": None, "over": "all", **more}
-    return with_refinement(stages, given, PRIOR, lambda net: evidence(), **asked)
+    at, stage = refinement_stage(stages, given, PRIOR, lambda net: evidence(), **asked)
+    return [*stages[:at], stage, *stages[at:]]
 
 
 def test_refinement_comes_before_the_first_labels_and_begins_as_the_published_network():

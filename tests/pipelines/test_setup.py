@@ -12,13 +12,14 @@ import torch
 
 from actors.errors import RunError
 from pipelines.benchmarks import benchmark
+from pipelines.class_frequencies import statistics_folder
 from pipelines.datasets.dataset import DataError
 from pipelines.options import AdaptOptions, PriorOptions
 from pipelines.priors import Prior, write_prior
 from pipelines.recipes import recipe
 from pipelines.recipes.eplc import EplcOptions
 from pipelines.recipes.mrnet import MrnetOptions
-from pipelines.setup import resolve, sized_preset, statistics_folder
+from pipelines.setup import resolve, sized_preset
 from pipelines.streams import ClassAwareOrder
 from tests.own_data import write_own_data
 

@@ -53,6 +53,8 @@ class WatchedRun:
 
     def __init__(self, cluster: SimulatedCluster, folder: Path, arguments: list[str]) -> None:
         self.folder = folder / "run"
+        self._lines: list[dict[str, Any]] = []
+        self._read = 0
         self.log = folder / "run.log"
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -68,10 +70,13 @@ class WatchedRun:
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """Those of a kind so far."""
         path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        every = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        return [line for line in every if line["kind"] == kind]
+        if path.exists():
+            with path.open() as file:
+                file.seek(self._read)
+                whole, end, _ = file.read().rpartition("\n")
+            self._read += len((whole + end).encode())
+            self._lines += [json.loads(line) for line in whole.splitlines()]
+        return [line for line in self._lines if line["kind"] == kind]
 
     def step(self) -> int:
         """The student's."""

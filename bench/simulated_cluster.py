@@ -36,6 +36,13 @@ QUICK = {
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "10",
 }
 """A lost node is noticed after about three seconds; the autoscaler, which waits for ten, then starts another."""
+STARTS_NODES = """
+import json, subprocess, sys, threading
+for line in sys.stdin:
+    node = subprocess.Popen(json.loads(line), stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    threading.Thread(target=node.wait, daemon=True).start()  # none stays as a zombie
+    print(node.pid, flush=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class SimulatedCluster:
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="t")))
     port: int = field(default_factory=lambda: free_port())
     dashboard_port: int = field(default_factory=lambda: free_port())
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[str] | None = None
+    """Starts the nodes."""
 
     @property
     def address(self) -> str:
@@ -131,28 +139,41 @@ class SimulatedCluster:
         """
         config = self.folder / BOOTSTRAP.name
         config.write_text(yaml.safe_dump(self.config()))
-        self.process = self._start(
+        head = self._start(
             *("--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--node-ip-address=127.0.0.1"),
             *("--num-cpus=1", f"--autoscaling-config={config}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"),
         )
         connected = time.monotonic() + seconds
         while not self._answers():
-            if time.monotonic() > connected or self.process.poll() is not None:
+            if time.monotonic() > connected or not _read(head, "cmdline"):
                 raise RuntimeError(f"the simulated cluster did not start: {self.said.read_text()[-3000:]}")
             time.sleep(0.2)
         ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
         self.until(lambda: len(self.alive()) >= 1 + self.students.least + self.teachers.least, seconds)
 
-    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def _start(self, *arguments: str) -> int:
+        """Start a node in the session of the others; its process id.
+
+        Linux weighs sessions against each other before it looks at nice values: in one of its own, a node would take
+        as much of this machine as all others, and what must start first would wait for what may wait.
+        """
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", STARTS_NODES],
+                env=self.environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.said.open("ab"),
+                start_new_session=True,
+                text=True,
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         ray_command = str(Path(sys.executable).parent / "ray")
-        return subprocess.Popen(
-            [ray_command, "start", "--block", f"--object-store-memory={STORE_BYTES}", *arguments],
-            env=self.environment(),
-            stdout=self.said.open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        command = [ray_command, "start", "--block", f"--object-store-memory={STORE_BYTES}", *arguments]
+        print(json.dumps(command), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
 
     @property
     def said(self) -> Path:
@@ -193,7 +214,7 @@ class SimulatedCluster:
                 f"--num-cpus={nodes.cpus}",
                 f"--resources={json.dumps({resource: 1})}",
             )
-            while node.poll() is None:
+            while _read(node, "cmdline"):
                 if set(self.alive(resource)) - before:
                     return
                 time.sleep(0.1)

@@ -29,6 +29,7 @@ from pipelines.trained import describe, load_trained
 from pipelines.views import network_input, normalised, rgb
 from tests.pipelines.test_trained import CPU, finished_run
 
+pytestmark = pytest.mark.slow
 SIZE = (96, 64)
 MADE = {
     "deeplab.onnx, any size": ("deeplab", "onnx", True),

@@ -17,6 +17,7 @@ from pipelines.recipes.proda import ProdaOptions
 from pipelines.recipes.rectified import RectifiedOptions
 from pipelines.setup import resolve
 
+pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).parent.parent / "golden" / "first_steps.json"
 STEPS = 20
 SURE_STEPS = 3

@@ -8,6 +8,7 @@ from models.networks.build import PUBLISHED
 from pipelines import plan
 from pipelines.plan import DISCRIMINATORS, costs
 
+pytestmark = pytest.mark.slow
 GIGA = 10**9
 
 

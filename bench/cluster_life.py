@@ -99,8 +99,8 @@ class WatchedRun:
 
     def students(self) -> int:
         """How many there are, by the newest word of one."""
-        lines = self.lines("student")
-        return int(lines[-1]["students"]) if lines else 0
+        told = [line["students"] for line in self.lines("student") if "students" in line]  # by the first of them alone
+        return int(told[-1]) if told else 0
 
     def told_after(self, moment: float, words: str) -> float | None:
         """Seconds from a moment to the first message with these words."""

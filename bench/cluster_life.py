@@ -269,7 +269,7 @@ def main(arguments: list[str]) -> None:
         wanted += ["--students", "2", "--min-students", "1"]
         events, nodes = (
             elastic,
-            {"students": Nodes(cpus=1, least=2, most=3), "teachers": Nodes(cpus=2, least=1, most=2)},
+            {"students": Nodes(cpus=1, least=2, most=2), "teachers": Nodes(cpus=2, least=1, most=2)},
         )
     try:
         found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes)

@@ -266,10 +266,11 @@ def main(arguments: list[str]) -> None:
     wanted = ["--preset", given.preset, "--steps", str(given.steps), "--seed", str(given.seed)]
     events, nodes = life, dict[str, Nodes]()
     if given.elastic:
-        wanted += ["--students", "2", "--min-students", "1"]
+        # Two threads each, or both would be put on one node; and no third node, or none would have to do without.
+        wanted += ["--students", "2", "--min-students", "1", "--threads", "2"]
         events, nodes = (
             elastic,
-            {"students": Nodes(cpus=1, least=2, most=2), "teachers": Nodes(cpus=2, least=1, most=2)},
+            {"students": Nodes(cpus=3, least=2, most=2), "teachers": Nodes(cpus=4, least=1, most=2)},
         )
     try:
         found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes)

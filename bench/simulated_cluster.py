@@ -6,6 +6,7 @@ provider for tests, and lost by killing every process of one. No `ray stop` is i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -37,11 +38,17 @@ QUICK = {
 }
 """A lost node is noticed after about three seconds; the autoscaler, which waits for ten, then starts another."""
 STARTS_NODES = """
-import json, subprocess, sys, threading
+import json, os, subprocess, sys, threading
 for line in sys.stdin:
     node = subprocess.Popen(json.loads(line), stdin=subprocess.DEVNULL, stdout=sys.stderr)
     threading.Thread(target=node.wait, daemon=True).start()  # none stays as a zombie
     print(node.pid, flush=True)
+for other in map(int, filter(str.isdigit, os.listdir("/proc"))):  # whoever wanted nodes is gone, however it ended
+    try:
+        if other != os.getpid() and os.getsid(other) == os.getsid(0):
+            os.kill(other, 9)
+    except OSError:
+        pass
 """
 
 
@@ -236,11 +243,8 @@ class SimulatedCluster:
         """End all of it."""
         ray.shutdown()
         if self.process is not None:
-            self.process.terminate()
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.communicate(timeout=10)
             for pid in _of_session(self.folder):
                 _signal(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -42,6 +42,9 @@ from pipelines import environment
 environment.prepare()
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of our own, for the length of the measurement
 
+import ray  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+
 from bench.simulated_cluster import Nodes, SimulatedCluster, simulated  # noqa: E402
 from pipelines.placement import STUDENT_NODE, TEACHER_NODE  # noqa: E402
 
@@ -133,11 +136,23 @@ def measure(
         nodes: of the cluster, where they are not the simulated cluster's own.
     """
     with simulated(**nodes) as cluster:
+        fillers = [half_a_cpu(node) for node in cluster.alive(STUDENT_NODE) if events is elastic]
+        assert len(ray.get([filler.__ray_ready__.remote() for filler in fillers])) == len(fillers)
         run = WatchedRun(cluster, folder, arguments)
         try:
             return {"nodes": nodes_of(cluster), **events(cluster, run, at)}
         finally:
             run.process.kill()
+
+
+def half_a_cpu(node: str) -> Any:
+    """Somebody who takes half a CPU of a node, so that two students do not both find room on it."""
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(Filler).options(num_cpus=0.5, scheduling_strategy=here).remote()
+
+
+class Filler:
+    """Does nothing."""
 
 
 def nodes_of(cluster: SimulatedCluster) -> dict[str, int]:
@@ -266,11 +281,10 @@ def main(arguments: list[str]) -> None:
     wanted = ["--preset", given.preset, "--steps", str(given.steps), "--seed", str(given.seed)]
     events, nodes = life, dict[str, Nodes]()
     if given.elastic:
-        # Two threads each, or both would be put on one node; and no third node, or none would have to do without.
-        wanted += ["--students", "2", "--min-students", "1", "--threads", "2"]
+        wanted += ["--students", "2", "--min-students", "1"]
         events, nodes = (
             elastic,
-            {"students": Nodes(cpus=3, least=2, most=2), "teachers": Nodes(cpus=4, least=1, most=2)},
+            {"students": Nodes(cpus=2, least=2, most=2), "teachers": Nodes(cpus=2, least=1, most=2)},
         )
     try:
         found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes)

@@ -2,20 +2,22 @@
 PYTHON ?= python3
 VENV   := .venv
 STAMP  := $(VENV)/.installed
+# A process for every core.
+EVERY_CORE := -n auto --maxprocesses 8 --dist loadscope
 
 .PHONY: demo test check lint clean
 
 demo: $(STAMP)
 	$(VENV)/bin/python run.py --benchmark synthia2city
 
-# A process for every core, but for the tests with a Ray cluster: one such run takes the machine by itself.
+# Tests with a Ray cluster come one after another: such a run takes the machine by itself.
 test: $(STAMP) lint
-	$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --ignore tests/engine
+	$(VENV)/bin/python -m pytest -q $(EVERY_CORE) --ignore tests/engine
 	$(VENV)/bin/python -m pytest -q tests/engine
 
 # The inner loop: everything that is quick and needs no Ray cluster.
 check: $(STAMP)
-	$(VENV)/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope -m "not slow"
+	$(VENV)/bin/python -m pytest -q $(EVERY_CORE) -m "not slow"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

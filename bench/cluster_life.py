@@ -47,6 +47,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noq
 
 from bench.simulated_cluster import Nodes, SimulatedCluster, simulated  # noqa: E402
 from pipelines.placement import STUDENT_NODE, TEACHER_NODE  # noqa: E402
+from pipelines.results import commit  # noqa: E402
 
 TEACHERS = 2
 
@@ -74,10 +75,10 @@ class WatchedRun:
         """Those of a kind so far."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            with path.open() as file:
+            with path.open("rb") as file:
                 file.seek(self._read)
-                whole, end, _ = file.read().rpartition("\n")
-            self._read += len((whole + end).encode())
+                whole, end, _ = file.read().rpartition(b"\n")
+            self._read += len(whole + end)
             self._lines += [json.loads(line) for line in whole.splitlines()]
         return [line for line in self._lines if line["kind"] == kind]
 
@@ -124,7 +125,7 @@ Events = Callable[[SimulatedCluster, WatchedRun, list[int]], dict[str, Any]]
 
 
 def measure(
-    arguments: list[str], folder: Path, events: Events, at: list[int], nodes: dict[str, Nodes]
+    arguments: list[str], folder: Path, events: Events, at: list[int], nodes: dict[str, Nodes], filled: bool
 ) -> dict[str, Any]:
     """The run, what happened to it and when.
 
@@ -134,9 +135,10 @@ def measure(
         events: make it happen.
         at: the steps at which it does.
         nodes: of the cluster, where they are not the simulated cluster's own.
+        filled: half a CPU of every student's node is taken, so that two students do not both find room on one.
     """
     with simulated(**nodes) as cluster:
-        fillers = [half_a_cpu(node) for node in cluster.alive(STUDENT_NODE) if events is elastic]
+        fillers = [half_a_cpu(node) for node in cluster.alive(STUDENT_NODE) if filled]
         assert len(ray.get([filler.__ray_ready__.remote() for filler in fillers])) == len(fillers)
         run = WatchedRun(cluster, folder, arguments)
         try:
@@ -146,7 +148,7 @@ def measure(
 
 
 def half_a_cpu(node: str) -> Any:
-    """Somebody who takes half a CPU of a node, so that two students do not both find room on it."""
+    """Somebody who takes it."""
     here = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(Filler).options(num_cpus=0.5, scheduling_strategy=here).remote()
 
@@ -279,19 +281,16 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="r"))
     wanted = ["--preset", given.preset, "--steps", str(given.steps), "--seed", str(given.seed)]
-    events, nodes = life, dict[str, Nodes]()
+    events: Events = elastic if given.elastic else life
+    nodes: dict[str, Nodes] = {}
     if given.elastic:
         wanted += ["--students", "2", "--min-students", "1"]
-        events, nodes = (
-            elastic,
-            {"students": Nodes(cpus=2, least=2, most=2), "teachers": Nodes(cpus=2, least=1, most=2)},
-        )
+        nodes = {"students": Nodes(cpus=2, least=2, most=2), "teachers": Nodes(cpus=2, least=1, most=2)}
     try:
-        found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes)
+        found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes, given.elastic)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    found = {"command": "python -m bench.cluster_life " + " ".join(arguments), "commit": commit, **found}
+    found = {"command": "python -m bench.cluster_life " + " ".join(arguments), "commit": commit(), **found}
     print(json.dumps(found, indent=1))
     if given.json:
         Path(given.json).write_text(json.dumps(found, indent=1) + "\n")

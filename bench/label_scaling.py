@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +46,7 @@ from actors.protocols import LabelPlan, RuleShape  # noqa: E402
 from actors.records import RecordLayout, encode  # noqa: E402
 from actors.staleness import StalenessPolicy  # noqa: E402
 from actors.weight_board import WeightBoard  # noqa: E402
+from pipelines.results import commit  # noqa: E402
 
 TEACHERS = (1, 2, 4, 8, 16)
 CLASSES = 19
@@ -349,13 +349,11 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     engine = Engine()
     results: dict[str, Any] = {}
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
     try:
         for part, measure, loads in (("scaling", scaling, REALISTIC), ("stop", stop, WITHOUT_COMPUTE)):
             if given.only not in (None, part):
                 continue
-            results[part] = {"commit": commit, "cores": os.cpu_count(), "seconds": given.seconds}
+            results[part] = {"commit": commit(), "cores": os.cpu_count(), "seconds": given.seconds}
             for name, load in loads.items():
                 results[part][name] = measure(engine, load, given.rounds, given.seconds)
                 show(f"{part}, {name}", results[part][name])

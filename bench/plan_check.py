@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -138,13 +137,13 @@ def main(arguments: list[str]) -> None:
 def _found(part: str, find: Callable[[Any], dict[str, Any]], seed: int, teachers: int, steps: int) -> dict[str, Any]:
     """A part of an entry, and what it is of."""
     from pipelines.options import AdaptOptions, command_line
+    from pipelines.results import commit
 
     with tempfile.TemporaryDirectory(prefix="t") as folder:
         options = AdaptOptions(
             steps=steps, seed=seed, teachers=teachers, references="never", dashboard=False, runs=folder, name="run"
         )
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        return {"command": command_line(options), part: {"commit": commit.stdout.strip(), **find(options)}}
+        return {"command": command_line(options), part: {"commit": commit(), **find(options)}}
 
 
 if __name__ == "__main__":

@@ -146,6 +146,15 @@ class SimulatedCluster:
         """
         config = self.folder / BOOTSTRAP.name
         config.write_text(yaml.safe_dump(self.config()))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", STARTS_NODES],
+            env=self.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said.open("ab"),
+            start_new_session=True,
+            text=True,
+        )
         head = self._start(
             *("--head", f"--port={self.port}", f"--temp-dir={self.folder}", "--node-ip-address=127.0.0.1"),
             *("--num-cpus=1", f"--autoscaling-config={config}"),
@@ -165,16 +174,7 @@ class SimulatedCluster:
         Linux weighs sessions against each other before it looks at nice values: in one of its own, a node would take
         as much of this machine as all others, and what must start first would wait for what may wait.
         """
-        if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", STARTS_NODES],
-                env=self.environment(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.said.open("ab"),
-                start_new_session=True,
-                text=True,
-            )
+        assert self.process is not None
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         ray_command = str(Path(sys.executable).parent / "ray")
@@ -245,7 +245,7 @@ class SimulatedCluster:
         if self.process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.communicate(timeout=10)
-            for pid in _of_session(self.folder):
+            for pid in _of_home(self.folder):  # drivers, which whoever uses the cluster has started
                 _signal(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -285,7 +285,7 @@ def _is_raylet_of(pid: int, node: str) -> bool:
     return command.split(b"\0")[0].endswith(b"raylet/raylet") and node.encode() in known
 
 
-def _of_session(folder: Path) -> list[int]:
+def _of_home(folder: Path) -> list[int]:
     """Processes that were started for a cluster: its folder is their home."""
     home = f"HOME={folder}\0".encode()
     return [pid for pid in _processes() if home in _read(pid, "environ")]

@@ -191,9 +191,9 @@ def score_lines(results: dict[str, Any]) -> list[str]:
 
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
-    commit = _commit()
+    at = commit()
     return {
-        **({} if commit is None else {"commit": commit}),
+        **({} if at is None else {"commit": at}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ray": ray.__version__,
@@ -203,7 +203,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the source tree that runs, with a + if it was changed; None where it is no git checkout."""
     try:
         done = subprocess.run(

@@ -15,15 +15,17 @@ def _no_other_ray():
 
 @pytest.fixture(scope="module")
 def two_nodes():
-    """256 images of 64 KB, every one visited once a refresh in random order; the teachers on a node of their own."""
-    return measure(Load(refreshes=5))
+    """256 images of 64 KB, every one visited once a refresh in random order; the teachers on a node of their own.
+
+    A refresh takes three times as long as in the bench, so that tests which ran before weigh little.
+    """
+    return measure(Load(refreshes=5, step_seconds=0.1))
 
 
 def test_labels_from_another_node_are_no_older_than_one_refresh(two_nodes):
     assert two_nodes["reads"] == 4 * 256
     assert two_nodes["missing"] == 0
-    # The bench shows 0.95 and more on a machine that does nothing else; a label a whole refresh late would be near 0.
-    assert two_nodes["fresh_share"] >= 0.8, two_nodes
+    assert two_nodes["fresh_share"] >= 0.95, two_nodes
 
 
 def test_what_is_read_is_what_the_view_says_it_is(two_nodes):

@@ -20,7 +20,8 @@ README = Path(__file__).parent.parent.parent / "README.md"
     ("classes", "sizes"),
     [
         (2, ((64, 48), (48, 64), (80, 40))),
-        (40, ((33, 33), (400, 64), (120, 300))),
+        (3, ((200, 150), (120, 300))),
+        (40, ((33, 33), (400, 64))),
     ],
 )
 def test_a_benchmark_of_ones_own_runs_from_two_files_to_a_score(local_ray, tmp_path, classes, sizes):

@@ -3,16 +3,10 @@
 import pytest
 
 import run
-from actors.errors import RunError
 from pipelines import load_trial
 from pipelines.load_trial import measure
-from pipelines.workers import Worker
 
 pytestmark = pytest.mark.slow
-
-
-def fail(orders):
-    raise RunError("a teacher cannot label")
 
 
 def test_students_that_share_batches_are_measured_beside_teachers(tiny_folder, capsys, monkeypatch):
@@ -38,23 +32,3 @@ def test_students_that_share_batches_are_measured_beside_teachers(tiny_folder, c
     table = [line for line in shown.splitlines() if line[:1] in tuple("┏┃┡│├└")]
     assert table
     assert max(map(len, table)) <= 100
-
-
-def test_a_process_that_fails_says_why():
-    worker = Worker(fail)
-    try:
-        worker.connection.poll(60)
-        with pytest.raises(RunError, match="a teacher cannot label"):
-            worker.take()
-    finally:
-        worker.end()
-
-
-def test_a_process_that_dies_is_not_waited_for():
-    worker = Worker(fail)
-    worker.process.kill()
-    try:
-        with pytest.raises(RunError, match=r"died|cannot label"):
-            worker.take()
-    finally:
-        worker.end()

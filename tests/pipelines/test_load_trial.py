@@ -2,18 +2,12 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from actors.errors import RunError
-from actors.label_view import LabelView
-from actors.protocols import LabelPlan, RuleShape
-from actors.records import RecordLayout, encode
-from actors.staleness import StalenessPolicy
 from pipelines.load_trial import PUBLISH_EVERY, course_of, measure, pace_of, planned_stage, trial_plan
 from pipelines.options import AdaptOptions
 from pipelines.setup import resolve
-from pipelines.trial_roles import OneBlock
 from pipelines.workers import Spent
 
 
@@ -37,31 +31,6 @@ def test_a_pace_tells_steps_from_their_publications():
 
 def test_a_window_without_a_publication_says_nothing_of_its_cost():
     assert pace_of([steps(1.0, 1.0)]).publish_seconds == 0
-
-
-def test_a_view_reads_the_one_block_for_every_image_and_exchanges_it_after_a_publication():
-    layout = RecordLayout((("label", (2, 3)),), 4)
-    label = np.array([[0, 1, 2], [3, 255, 0]], np.uint8)
-    block = encode(
-        layout,
-        ["a", "b"],
-        [{"label": label}] * 2,
-        [np.array([2, 1, 1, 1])] * 2,
-        weights_version=0,
-        made_at_step=0,
-    )
-    transport = OneBlock(block, chunks=3)
-    view = LabelView(LabelPlan(RuleShape(layout, 4), StalenessPolicy()), (2, 3), 2, 0, 0, transport)
-    everything = np.arange(6)
-    for step in range(3):
-        view.poll(step, everything)
-    assert all(np.array_equal(view.get(index, 3)[0], label) for index in everything)
-    assert {held.version for held in view.local.values()} == {0}
-    transport.version = 8
-    for step in range(3, 6):
-        view.poll(step, everything)
-    assert {held.version for held in view.local.values()} == {8}
-    assert view.misses == 0
 
 
 def test_the_longest_stage_with_labels_is_planned_and_made_endless(tiny_folder):

@@ -115,9 +115,9 @@ def test_training_takes_more_than_inference_and_neither_takes_real_memory(rows, 
     assert all(tensor.is_meta for tensor in real)
 
 
-def test_classes_and_size_change_what_they_should(rows, few):
+def test_classes_and_size_change_what_they_should(rows):
     nine = {row.name: row.cost for row in costs((500, 260), batch=2, classes=9)}
-    assert nine["bisenet18"].parameters < rows["bisenet18"].cost.parameters
+    assert nine["deeplab101"].parameters == 93_526_240
     assert nine["FCD"].flops < rows["FCD"].cost.flops / 2
     rounded_up = 63 * 33
     assert nine["Pixel"].flops == 2 * rounded_up * 2 * 9 * (2048 * 256 + 256 * 128 + 128 * 2 * 9)

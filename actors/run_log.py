@@ -11,6 +11,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.newest: dict[str, Any] = {}
         self.messages: list[str] = []
-        self.stop_requested = False
+        self.stop_requested = self.students_lost = False
         self.failure: str | None = None
         self._events: Any = None
         self.dropped_lines = 0
@@ -60,6 +61,7 @@ class RunLog:
             numbers: JSON values; scalars also become TensorBoard curves.
         """
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **numbers}
+        self.students_lost = self.students_lost and kind != "student"
         self.newest.setdefault(kind, {}).update(line)
         if self.export is not None and (sentence := self.export.write(kind, line)):
             self.say(sentence, step)
@@ -80,12 +82,23 @@ class RunLog:
         self.messages.append(message)
         self.write("event", step, {"message": message})
 
+    def lose_students(self, ranks: Sequence[int], why: str) -> None:
+        """Some have died: all begin again, and until the first says that it has, none is at work."""
+        if self.failure is not None:  # it ends the run, and has been said
+            return
+        self.students_lost = True
+        which = f"student {ranks[0]}" if len(ranks) == 1 else f"students {', '.join(map(str, ranks))}"
+        step = self.newest.get("train", {}).get("step", 0)
+        self.say(f"{which} died ({why}); as soon as there is a place, all go on from the newest checkpoint", step)
+
     def fail(self, message: str) -> None:
         """Something that no restart mends: the driver ends the run with this sentence."""
         self.failure = message
 
     def watch(self, seen: int = 0) -> dict[str, Any]:
-        """Newest numbers of every kind, the messages after the first ``seen``, and a fatal error if there is one.
+        """What is new: numbers, messages after the first ``seen``, students that died, a fatal error.
+
+        ``students_lost`` stays true until the first of the students says that it has begun again.
 
         The driver asks about every second, which also keeps the exported numbers alive.
         """
@@ -94,6 +107,7 @@ class RunLog:
         return {
             "newest": self.newest,
             "messages": self.messages[seen:],
+            "students_lost": self.students_lost,
             "failure": self.failure,
             "dropped_lines": self.dropped_lines,
         }

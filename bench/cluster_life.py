@@ -42,11 +42,8 @@ from pipelines import environment
 environment.prepare()
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of our own, for the length of the measurement
 
-import ray  # noqa: E402
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
-
 from bench.simulated_cluster import Nodes, SimulatedCluster, simulated  # noqa: E402
-from pipelines.placement import STUDENT_NODE, TEACHER_NODE  # noqa: E402
+from pipelines.placement import PLACE, STUDENT_NODE, TEACHER_NODE  # noqa: E402
 from pipelines.results import commit  # noqa: E402
 
 TEACHERS = 2
@@ -125,7 +122,7 @@ Events = Callable[[SimulatedCluster, WatchedRun, list[int]], dict[str, Any]]
 
 
 def measure(
-    arguments: list[str], folder: Path, events: Events, at: list[int], nodes: dict[str, Nodes], filled: bool
+    arguments: list[str], folder: Path, events: Events, at: list[int], nodes: dict[str, Nodes]
 ) -> dict[str, Any]:
     """The run, what happened to it and when.
 
@@ -135,26 +132,13 @@ def measure(
         events: make it happen.
         at: the steps at which it does.
         nodes: of the cluster, where they are not the simulated cluster's own.
-        filled: half a CPU of every student's node is taken, so that two students do not both find room on one.
     """
     with simulated(**nodes) as cluster:
-        fillers = [half_a_cpu(node) for node in cluster.alive(STUDENT_NODE) if filled]
-        assert len(ray.get([filler.__ray_ready__.remote() for filler in fillers])) == len(fillers)
         run = WatchedRun(cluster, folder, arguments)
         try:
             return {"nodes": nodes_of(cluster), **events(cluster, run, at)}
         finally:
             run.process.kill()
-
-
-def half_a_cpu(node: str) -> Any:
-    """Somebody who takes it."""
-    here = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(Filler).options(num_cpus=0.5, scheduling_strategy=here).remote()
-
-
-class Filler:
-    """Does nothing."""
 
 
 def nodes_of(cluster: SimulatedCluster) -> dict[str, int]:
@@ -207,6 +191,7 @@ def life(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str,
         "teacher_joined": {"labelling_after_s": whole},
         "student_lost": {
             "at_step": stopped_at,
+            "noticed_s": run.told_after(lost, "student 0 died"),
             "back_after_s": round(began - lost, 1),
             "from_step": first["step"],
             "ahead_after_s": round(ahead["time"] - lost, 1),
@@ -239,6 +224,7 @@ def elastic(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[s
         "exit_code": run.process.returncode,
         "shrunk": {
             "at_step": lost_at,
+            "noticed_s": run.told_after(lost, " died"),
             "alone_after_s": round(alone - lost, 1),
             "from_step": first["step"],
             "ahead_after_s": round(ahead["time"] - lost, 1),
@@ -285,9 +271,12 @@ def main(arguments: list[str]) -> None:
     nodes: dict[str, Nodes] = {}
     if given.elastic:
         wanted += ["--students", "2", "--min-students", "1"]
-        nodes = {"students": Nodes(cpus=2, least=2, most=2), "teachers": Nodes(cpus=2, least=1, most=2)}
+        nodes = {
+            "students": Nodes(cpus=2, least=2, most=2, room=PLACE),  # for one, as on machines with a GPU
+            "teachers": Nodes(cpus=2, least=1, most=2),
+        }
     try:
-        found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes, given.elastic)
+        found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = {"command": "python -m bench.cluster_life " + " ".join(arguments), "commit": commit(), **found}

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import ray
-import ray.train
-from ray.train.torch import TorchTrainer
 
 from actors.checkpoints import CheckpointStore, kept_stages, read_stage
 from actors.crew import Crew
 from actors.errors import RunError, UnreadableImage, last_line
 from actors.label_bank import LabelBank
-from actors.link import Handles, train_alone, train_here, train_loop
+from actors.link import Handles, train_alone, train_here
 from actors.metrics import Export
 from actors.reward_board import RewardBoard
 from actors.run_log import RunLog
@@ -28,7 +26,7 @@ from actors.storage import Place, place
 from actors.team import SECONDS_TO_MENTION, Demand, Team
 from actors.trainable_teacher import TrainableTeacher
 from actors.weight_board import WeightBoard
-from pipelines import cluster, placement
+from pipelines import cluster, placement, student_group
 from pipelines.options import AdaptOptions, write_config
 from pipelines.placement import HEAD, Shares, actor_options, in_words
 from pipelines.pseudo_labels.given import write_given_round
@@ -41,9 +39,6 @@ from pipelines.setup import Setup, resolve
 from pipelines.trained import check_same_classes, describe
 
 WATCH_SECONDS = 0.5
-MAX_RESTARTS = 3
-"""How often Ray Train starts dead students again before it gives up."""
-
 SECONDS_TO_COPY = 60.0
 """How long the last metrics may take to where the run's files are."""
 
@@ -199,7 +194,7 @@ class Run:
         self.step = self.scored = 0
         self.scoring: Any = None
         self.awaits_student: float | None = None
-        """Since when Ray Train has been looking for places; None once a student has begun, or where nobody looks."""
+        """Since when Ray Train has been looking for places; None while students are at work, or where nobody looks."""
         self.mentioned = False
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""
@@ -371,26 +366,8 @@ class Run:
         return train_here(self.setup.plan, handles, self.setup.options.threads)
 
     def _train_with_ray_train(self, handles: Handles) -> dict[str, Any]:
-        setup, options = self.setup, self.setup.options
-        elastic = options.min_students is not None and options.min_students < options.students
-        students = (options.min_students, options.students) if elastic else options.students
-        trainer = TorchTrainer(
-            train_loop,
-            train_loop_config={"plan": setup.plan, "handles": handles, "threads": setup.options.threads},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=students,
-                use_gpu=self.shares.on_gpu,
-                resources_per_worker=self.shares.student,
-            ),
-            run_config=ray.train.RunConfig(
-                name=f"{time.time_ns()}",
-                storage_path=str(place(setup.plan.folder) / "train"),
-                failure_config=ray.train.FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=2),
-            ),
-        )
         self.awaits_student = time.monotonic()
-        value: dict[str, Any] = trainer.fit().return_value
-        return value
+        return student_group.train(self.setup, handles, self.shares)
 
     def _watched(self, work: Callable[[], Any], interrupt: Interrupt) -> Any:
         """Run something in a thread, pass on what the log hears meanwhile, and the user's wish to stop."""
@@ -409,7 +386,7 @@ class Run:
             thread.join(WATCH_SECONDS)
             if interrupt.asked and not asked:
                 asked = True
-                what = "saving a checkpoint" if self.awaits_student is None else "no student has begun"
+                what = "saving a checkpoint" if self.awaits_student is None else "no student is at work"
                 self.watch("message", {"text": f"stopping: {what} (Ctrl-C again to abort)"})
                 self.run_log.request_stop.remote()
             self._look()
@@ -446,13 +423,15 @@ class Run:
         if "train" in seen["newest"] or (self.labels_first and "student" in seen["newest"]):
             self._start_helpers()
             self._score_now_and_then()
-        if seen["newest"]:
-            self.awaits_student = None
+        if seen["students_lost"]:
+            self.awaits_student = self.awaits_student or time.monotonic()
+        elif seen["newest"].keys() & {"student", "train"}:
+            self.awaits_student, self.mentioned = None, False
         waited = 0.0 if self.awaits_student is None else time.monotonic() - self.awaits_student
         if waited > SECONDS_TO_MENTION and not self.mentioned:
             self.mentioned = True
             needs = in_words(self.shares.student)
-            text = f"no student has begun yet; each needs a place with {needs}, and begins when the cluster has one"
+            text = f"the students wait; each needs a place with {needs}, and begins when the cluster has one"
             self.watch("message", {"text": text})
         failure = seen["failure"] or self.teacher_status.get("fatal") or self._learner_failure()
         if failure:

@@ -8,7 +8,6 @@ from pathlib import Path
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # ray.train.report waits for one such poll
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",  # a node of a cloud takes minutes, and a spot one longer
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

@@ -77,6 +77,32 @@ def test_a_failure_that_no_restart_mends_reaches_the_driver(tmp_path):
     assert log.watch()["failure"] == "the data are broken"
 
 
+def test_students_that_died_are_missed_until_one_begins_again(tmp_path):
+    log = RunLog(str(tmp_path), events=False)
+    assert not log.watch()["students_lost"]
+    log.write("train", 7, {"loss": 0.5})
+    log.lose_students([1], "its node has died")
+    log.write("teachers", 7, {"coverage": 0.5})
+    watched = log.watch()
+    assert watched["students_lost"]
+    assert watched["messages"] == [
+        "student 1 died (its node has died); as soon as there is a place, all go on from the newest checkpoint"
+    ]
+    assert [(line["kind"], line["step"]) for line in lines(tmp_path)][1] == ("event", 7)
+    log.write("student", 0, {"rank": 0})
+    assert not log.watch()["students_lost"]
+    log.lose_students([0, 1], "both")
+    assert log.watch(1)["messages"][0].startswith("students 0, 1 died (both)")
+
+
+def test_students_that_end_by_a_failure_which_was_said_are_no_news(tmp_path):
+    log = RunLog(str(tmp_path), events=False)
+    log.fail("the data are broken")
+    log.lose_students([0], "the data are broken")
+    assert not log.watch()["students_lost"]
+    assert log.watch()["messages"] == []
+
+
 def test_a_stop_is_asked_for_once_and_stays(tmp_path):
     log = RunLog(str(tmp_path))
     assert not log.should_stop()

@@ -45,8 +45,11 @@ def test_a_run_that_is_stopped_and_then_killed_has_the_losses_of_one_that_was_ne
     def kill(run):
         os.kill(run.student_pids()[-1], signal.SIGKILL)
 
-    resumed = start_run(tmp_path, tiny_folder, **way).go(at_step=33, do=kill)
+    run = start_run(tmp_path, tiny_folder, **way)
+    resumed = run.go(at_step=33, do=kill)
     assert resumed.results is not None
+    (said,) = [text for text in run.messages if "died" in text]
+    assert "its worker process has died" in said
     assert losses(resumed.folder) == expected
     lines = [json.loads(line) for line in (resumed.folder / "metrics.jsonl").read_text().splitlines()]
     starts = sum(line["kind"] == "student" for line in lines)

@@ -17,6 +17,9 @@ from pipelines.adapt import Interrupt, Manner, Run, RunningSums, _readable, stop
 from pipelines.placement import Shares
 from tests.actors.fakes import FakeLink, label_plan, run_plan, stage
 
+QUIET = {"newest": {}, "messages": [], "students_lost": False, "failure": None}
+"""What a run's log tells before anybody has said anything."""
+
 
 def test_the_second_interrupt_aborts():
     interrupt = Interrupt()
@@ -134,7 +137,7 @@ def watched(tmp_path, monkeypatch, started):
     )
     run = Run(setup, Shares({"CPU": 1.0}, {"CPU": 0.5}, {"CPU": 0.1}), lambda *told: run.told.append(told), {}, None)
     run.told = []
-    run.run_log = Actor(watch={"newest": {"train": {"step": 7}}, "messages": ["hello"], "failure": None})
+    run.run_log = Actor(watch={**QUIET, "newest": {"train": {"step": 7}}, "messages": ["hello"]})
     run.bank = Actor(status=status())
     started.clear()
     return run
@@ -286,7 +289,7 @@ def test_the_bank_hears_at_every_look_whom_it_may_call(watched):
 
 
 def test_a_student_that_has_no_place_yet_is_mentioned_once_and_only_where_ray_train_looks_for_one(watched):
-    watched.run_log.answers["watch"] = {"newest": {}, "messages": [], "failure": None}
+    watched.run_log.answers["watch"] = QUIET
 
     def said():
         watched._look()
@@ -296,7 +299,7 @@ def test_a_student_that_has_no_place_yet_is_mentioned_once_and_only_where_ray_tr
     watched.awaits_student = time.monotonic()
     assert said() == []
     watched.awaits_student -= SECONDS_TO_MENTION
-    once = ["no student has begun yet; each needs a place with 1 CPU, and begins when the cluster has one"]
+    once = ["the students wait; each needs a place with 1 CPU, and begins when the cluster has one"]
     assert said() == once
     assert said() == once
 
@@ -304,7 +307,7 @@ def test_a_student_that_has_no_place_yet_is_mentioned_once_and_only_where_ray_tr
 def test_a_run_whose_student_waits_for_a_place_is_stopped_at_once(watched):
     """Ray Train would look for one for as long as the process lives."""
     interrupt, place = Interrupt(), threading.Event()
-    watched.run_log.answers.update(watch={"newest": {}, "messages": [], "failure": None}, request_stop=None)
+    watched.run_log.answers.update(watch=QUIET, request_stop=None)
 
     def look_for_a_place():
         watched.awaits_student = time.monotonic()
@@ -316,6 +319,25 @@ def test_a_run_whose_student_waits_for_a_place_is_stopped_at_once(watched):
         assert watched._watched(look_for_a_place, interrupt) == {"step": 0, "stopped": True}
     finally:
         place.set()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_who_waits_for_a_student_that_died_knows_that_nobody_saves(watched, lost):
+    """Ctrl-C then ends the run at once: what there is to continue is saved already."""
+    interrupt, place = Interrupt(), threading.Event()
+    work = {**QUIET, "newest": {"student": {"step": 0}, "train": {"step": 7}}, "students_lost": lost}
+    watched.run_log.answers.update(watch=work, request_stop=None)
+    watched._look()
+    assert (watched.awaits_student is not None) is lost
+    since = watched.awaits_student
+    watched._look()
+    assert watched.awaits_student == since
+    interrupt(2, None)
+    try:
+        ended = watched._watched(lambda: place.wait(1) or {"step": 8, "stopped": True}, interrupt)
+    finally:
+        place.set()
+    assert ended == {"step": 0 if lost else 8, "stopped": True}
 
 
 def test_a_run_whose_student_has_begun_is_stopped_by_the_student(watched):

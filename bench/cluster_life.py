@@ -43,7 +43,7 @@ environment.prepare()
 os.environ["RAY_AUTH_MODE"] = "disabled"  # a cluster of our own, for the length of the measurement
 
 from bench.simulated_cluster import Nodes, SimulatedCluster, simulated  # noqa: E402
-from pipelines.placement import PLACE, STUDENT_NODE, TEACHER_NODE  # noqa: E402
+from pipelines.placement import STUDENT_NODE, TEACHER_NODE  # noqa: E402
 from pipelines.results import commit  # noqa: E402
 
 TEACHERS = 2
@@ -270,11 +270,8 @@ def main(arguments: list[str]) -> None:
     events: Events = elastic if given.elastic else life
     nodes: dict[str, Nodes] = {}
     if given.elastic:
-        wanted += ["--students", "2", "--min-students", "1"]
-        nodes = {
-            "students": Nodes(cpus=2, least=2, most=2, room=PLACE),  # for one, as on machines with a GPU
-            "teachers": Nodes(cpus=2, least=1, most=2),
-        }
+        wanted += ["--students", "2", "--min-students", "1", "--threads", "2"]  # two have no place on one node
+        nodes = {"students": Nodes(cpus=3, least=2, most=2), "teachers": Nodes(cpus=2, least=1, most=2)}
     try:
         found = measure(wanted, folder, events, [round(part * given.steps) for part in given.at], nodes)
     finally:

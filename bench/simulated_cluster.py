@@ -59,13 +59,11 @@ class Nodes:
     Attributes:
         cpus: that Ray counts on one.
         least, most: how many there are, and may be.
-        room: of the custom resource that says of what kind it is.
     """
 
     cpus: int
     least: int
     most: int
-    room: float = 1
 
 
 @dataclass
@@ -101,7 +99,7 @@ class SimulatedCluster:
         """What ``ray up`` would read."""
 
         def kind(nodes: Nodes, resource: str) -> dict[str, Any]:
-            resources = {"CPU": nodes.cpus, resource: nodes.room, "object_store_memory": STORE_BYTES}
+            resources = {"CPU": nodes.cpus, resource: 1, "object_store_memory": STORE_BYTES}
             return {
                 "resources": resources,
                 "node_config": {},
@@ -221,7 +219,7 @@ class SimulatedCluster:
             node = self._start(
                 f"--address={self.address}",
                 f"--num-cpus={nodes.cpus}",
-                f"--resources={json.dumps({resource: nodes.room})}",
+                f"--resources={json.dumps({resource: 1})}",
             )
             while _read(node, "cmdline"):
                 if set(self.alive(resource)) - before:

@@ -34,7 +34,7 @@ def test_a_variable_is_there_for_as_long_as_it_is_needed(monkeypatch):
         assert os.environ[PLACES_WAITED_FOR] == "20"
     assert PLACES_WAITED_FOR not in os.environ
     with pytest.raises(KeyError), unless_set(PLACES_WAITED_FOR, "20"):
-        os.environ["nobody has set this"]
+        os.environ["NOBODY_HAS_SET_THIS"]
     assert PLACES_WAITED_FOR not in os.environ
 
 

@@ -71,7 +71,7 @@ def _signal(name: str, text: str) -> Metric:
 
 METRICS = (
     Metric("student", "students", "Students that train together"),
-    Metric("student", "restarts", "Times that the students began again after a loss", sums=True),
+    Metric("student", "restarts", "Times that students began again: one failed, or more had a place", sums=True),
     Metric("train", "stage", "The stage that the student is in", tag="stage", words="{}"),
     Metric("train", "step", "The student's step", "steps"),
     Metric("train", "time", "When the student's newest line was written", "moment"),

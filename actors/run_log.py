@@ -56,7 +56,7 @@ class RunLog:
         A disk that is full costs lines, never the run: what could not be written is counted.
 
         Args:
-            kind: ``train``, ``score``, ``teachers`` or ``event``.
+            kind: ``student``, ``train``, ``score``, ``teachers`` or ``event``.
             step: the student's step.
             numbers: JSON values; scalars also become TensorBoard curves.
         """
@@ -82,23 +82,29 @@ class RunLog:
         self.messages.append(message)
         self.write("event", step, {"message": message})
 
-    def lose_students(self, ranks: Sequence[int], why: str) -> None:
-        """Some have died: all begin again, and until the first says that it has, none is at work."""
-        if self.failure is not None:  # it ends the run, and has been said
+    def students_failed(self, ranks: Sequence[int], why: str, restarts: int) -> None:
+        """Some cannot go on: until one says that it has begun again, none is at work.
+
+        Args:
+            ranks: theirs.
+            why: for the user, without a full stop.
+            restarts: how often students begin again in a run.
+        """
+        if self.students_lost or self.failure is not None:  # it has been said
             return
         self.students_lost = True
         which = f"student {ranks[0]}" if len(ranks) == 1 else f"students {', '.join(map(str, ranks))}"
         step = self.newest.get("train", {}).get("step", 0)
-        self.say(f"{which} died ({why}); as soon as there is a place, all go on from the newest checkpoint", step)
+        self.say(f"{which} failed: {why}. All begin again from the newest checkpoint, up to {restarts} times", step)
 
     def fail(self, message: str) -> None:
         """Something that no restart mends: the driver ends the run with this sentence."""
         self.failure = message
 
     def watch(self, seen: int = 0) -> dict[str, Any]:
-        """What is new: numbers, messages after the first ``seen``, students that died, a fatal error.
+        """What is new: numbers, messages after the first ``seen``, students that failed, a fatal error.
 
-        ``students_lost`` stays true until the first of the students says that it has begun again.
+        ``students_lost`` stays true until a student says that it has begun again.
 
         The driver asks about every second, which also keeps the exported numbers alive.
         """

@@ -191,7 +191,7 @@ def life(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str,
         "teacher_joined": {"labelling_after_s": whole},
         "student_lost": {
             "at_step": stopped_at,
-            "noticed_s": run.told_after(lost, "student 0 died"),
+            "noticed_s": run.told_after(lost, " failed: "),
             "back_after_s": round(began - lost, 1),
             "from_step": first["step"],
             "ahead_after_s": round(ahead["time"] - lost, 1),
@@ -224,7 +224,7 @@ def elastic(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[s
         "exit_code": run.process.returncode,
         "shrunk": {
             "at_step": lost_at,
-            "noticed_s": run.told_after(lost, " died"),
+            "noticed_s": run.told_after(lost, " failed: "),
             "alone_after_s": round(alone - lost, 1),
             "from_step": first["step"],
             "ahead_after_s": round(ahead["time"] - lost, 1),

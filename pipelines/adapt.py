@@ -194,7 +194,7 @@ class Run:
         self.step = self.scored = 0
         self.scoring: Any = None
         self.awaits_student: float | None = None
-        """Since when Ray Train has been looking for places; None while students are at work, or where nobody looks."""
+        """Since when Ray Train has been looking for places, as far as is known; None where it is not."""
         self.mentioned = False
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""
@@ -431,7 +431,7 @@ class Run:
         if waited > SECONDS_TO_MENTION and not self.mentioned:
             self.mentioned = True
             needs = in_words(self.shares.student)
-            text = f"the students wait; each needs a place with {needs}, and begins when the cluster has one"
+            text = f"no student is at work; each needs a place with {needs}, and begins when the cluster has one"
             self.watch("message", {"text": text})
         failure = seen["failure"] or self.teacher_status.get("fatal") or self._learner_failure()
         if failure:

@@ -77,28 +77,29 @@ def test_a_failure_that_no_restart_mends_reaches_the_driver(tmp_path):
     assert log.watch()["failure"] == "the data are broken"
 
 
-def test_students_that_died_are_missed_until_one_begins_again(tmp_path):
+def test_students_that_failed_are_missed_until_one_begins_again(tmp_path):
     log = RunLog(str(tmp_path), events=False)
     assert not log.watch()["students_lost"]
     log.write("train", 7, {"loss": 0.5})
-    log.lose_students([1], "its node has died")
+    log.students_failed([1], "its node is gone", 3)
     log.write("teachers", 7, {"coverage": 0.5})
+    log.students_failed([1], "its node is gone", 3)
     watched = log.watch()
     assert watched["students_lost"]
     assert watched["messages"] == [
-        "student 1 died (its node has died); as soon as there is a place, all go on from the newest checkpoint"
-    ]
+        "student 1 failed: its node is gone. All begin again from the newest checkpoint, up to 3 times"
+    ], "once, however often Ray Train finds it so"
     assert [(line["kind"], line["step"]) for line in lines(tmp_path)][1] == ("event", 7)
     log.write("student", 0, {"rank": 0})
     assert not log.watch()["students_lost"]
-    log.lose_students([0, 1], "both")
-    assert log.watch(1)["messages"][0].startswith("students 0, 1 died (both)")
+    log.students_failed([0, 1], "both", 3)
+    assert log.watch(1)["messages"][0].startswith("students 0, 1 failed: both.")
 
 
 def test_students_that_end_by_a_failure_which_was_said_are_no_news(tmp_path):
     log = RunLog(str(tmp_path), events=False)
     log.fail("the data are broken")
-    log.lose_students([0], "the data are broken")
+    log.students_failed([0], "the data are broken", 3)
     assert not log.watch()["students_lost"]
     assert log.watch()["messages"] == []
 

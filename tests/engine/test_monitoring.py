@@ -230,6 +230,7 @@ def test_every_number_carries_the_tags_of_its_run(watched):
     told = [(line["time"], line["acceptance"]) for line in lines(watched.folder, "teachers") if "acceptance" in line]
     seen_by_then = max(time for time, _ in told) - 3  # what is told last, Ray may not have exported any more
     long_told = [acceptance for time, acceptance in told if time < seen_by_then]
+    assert long_told
     assert "road" in classes
     assert labelled(long_told) <= classes <= labelled(acceptance for _, acceptance in told)
 

@@ -48,8 +48,9 @@ def test_a_run_that_is_stopped_and_then_killed_has_the_losses_of_one_that_was_ne
     run = start_run(tmp_path, tiny_folder, **way)
     resumed = run.go(at_step=33, do=kill)
     assert resumed.results is not None
-    (said,) = [text for text in run.messages if "died" in text]
-    assert "its worker process has died" in said
+    (said,) = [text for text in run.messages if text.startswith("student")]
+    if way["students"] == 1:  # of two, the other may be the first to notice
+        assert said.startswith("student 0 failed: the process or its node is gone. All begin again")
     assert losses(resumed.folder) == expected
     lines = [json.loads(line) for line in (resumed.folder / "metrics.jsonl").read_text().splitlines()]
     starts = sum(line["kind"] == "student" for line in lines)

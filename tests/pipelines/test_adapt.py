@@ -299,7 +299,7 @@ def test_a_student_that_has_no_place_yet_is_mentioned_once_and_only_where_ray_tr
     watched.awaits_student = time.monotonic()
     assert said() == []
     watched.awaits_student -= SECONDS_TO_MENTION
-    once = ["the students wait; each needs a place with 1 CPU, and begins when the cluster has one"]
+    once = ["no student is at work; each needs a place with 1 CPU, and begins when the cluster has one"]
     assert said() == once
     assert said() == once
 
@@ -322,7 +322,7 @@ def test_a_run_whose_student_waits_for_a_place_is_stopped_at_once(watched):
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_who_waits_for_a_student_that_died_knows_that_nobody_saves(watched, lost):
+def test_who_waits_for_a_student_that_failed_knows_that_nobody_saves(watched, lost):
     """Ctrl-C then ends the run at once: what there is to continue is saved already."""
     interrupt, place = Interrupt(), threading.Event()
     work = {**QUIET, "newest": {"student": {"step": 0}, "train": {"step": 7}}, "students_lost": lost}

@@ -261,7 +261,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=1100, help="the demo's")
     parser.add_argument("--preset", default="mini")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--at", type=float, nargs=3, default=(0.6, 0.72, 0.8), help="parts of the run")
+    when = "parts of the run (--elastic: the first two)"
+    parser.add_argument("--at", type=float, nargs=3, default=(0.6, 0.72, 0.8), help=when)
     parser.add_argument("--elastic", action="store_true", help="two students that may be one")
     parser.add_argument("--json", default=None)
     given = parser.parse_args(arguments)

@@ -32,8 +32,8 @@ DAY = 86400
 
 ELASTIC_TIMEOUT, ELASTIC_RETRIES = 20, 180
 """Where fewer students may do. Ray Train counts places on nodes that it looked at up to as many seconds ago, and a dead
-student is noticed before its dead node: it may be waiting for a place that is gone, and has to count again. It waits
-without an end where there are too few places by its own count."""
+student is noticed before its dead node: it may be waiting for a place that is gone, and has to count again. An hour of
+such waits ends the run; where there are too few places by its own count, Ray Train waits without an end."""
 
 
 def is_elastic(options: AdaptOptions) -> bool:

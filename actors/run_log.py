@@ -95,7 +95,9 @@ class RunLog:
         self.students_lost = True
         which = f"student {ranks[0]}" if len(ranks) == 1 else f"students {', '.join(map(str, ranks))}"
         step = self.newest.get("train", {}).get("step", 0)
-        self.say(f"{which} failed: {why}. All begin again from the newest checkpoint, up to {restarts} times", step)
+        self.say(
+            f"{which} failed: {why}. All begin again from the newest checkpoint, up to {restarts} times in a run", step
+        )
 
     def fail(self, message: str) -> None:
         """Something that no restart mends: the driver ends the run with this sentence."""

@@ -108,14 +108,11 @@ class WatchedRun:
         found = [line["time"] for line in self.lines("event") if line["time"] > moment and words in line["message"]]
         return round(found[0] - moment, 1) if found else None
 
-    def labelling_again(self, moment: float) -> float | None:
-        """Seconds from a moment to the first word of the bank that all teachers label."""
-        found = [line["time"] for line in self.lines("teachers") if line["time"] > moment]
-        whole = [t for t in found if self._teachers_at(t) == TEACHERS]
-        return round(whole[0] - moment, 1) if whole else None
-
-    def _teachers_at(self, moment: float) -> int:
-        return int(next(line["teachers"] for line in self.lines("teachers") if line["time"] == moment))
+    def labelling_again(self, lost: float) -> float | None:
+        """When all teachers label again, by the bank's words, after fewer did since one was lost at a time of day."""
+        told = [line for line in self.lines("teachers") if line["time"] > lost]
+        since = list(itertools.dropwhile(lambda line: line["teachers"] == TEACHERS, told))
+        return next((float(line["time"]) for line in since if line["teachers"] == TEACHERS), None)
 
 
 Events = Callable[[SimulatedCluster, WatchedRun, list[int]], dict[str, Any]]
@@ -157,8 +154,9 @@ def life(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str,
     after = run.lines("train")[-1]
     joined = time.time()
     cluster.add_node(TEACHER_NODE, cluster.teachers)
-    cluster.until(lambda: run.labelling_again(joined) is not None, 180)
-    whole = run.labelling_again(joined)
+    cluster.until(lambda: run.labelling_again(killed) is not None, 180)
+    whole = run.labelling_again(killed)
+    assert whole is not None, "it was waited for"
     run.reaches(at[2])
     stopped_at, students = run.step(), len(run.lines("student"))
     lost = cluster.kill_node(cluster.alive(STUDENT_NODE)[0])
@@ -179,6 +177,7 @@ def life(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str,
         "teacher_lost": {
             "at_step": before["step"],
             "noticed_s": run.told_after(killed, "a teacher died"),
+            "labelling_again_after_s": round(whole - killed, 1),
             "steps_taken_twice": len(between) - len({line["step"] for line in between}),
             "student_restarts": len([line for line in run.lines("student") if killed < line["time"] < lost]),
             "longest_between_lines_s": _longest(between),
@@ -188,7 +187,10 @@ def life(cluster: SimulatedCluster, run: WatchedRun, at: list[int]) -> dict[str,
             "steps_per_s_before": _rate(steady[-10:]),
             "steps_per_s_after": _rate(between),
         },
-        "teacher_joined": {"labelling_after_s": whole},
+        "teacher_joined": {
+            # None where the new teacher had found room on the other node before.
+            "labelling_after_s": round(whole - joined, 1) if whole > joined else None,
+        },
         "student_lost": {
             "at_step": stopped_at,
             "noticed_s": run.told_after(lost, " failed: "),

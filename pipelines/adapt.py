@@ -194,7 +194,7 @@ class Run:
         self.step = self.scored = 0
         self.scoring: Any = None
         self.awaits_student: float | None = None
-        """Since when Ray Train has been looking for places, as far as is known; None where it is not."""
+        """Since when Ray Train has been looking for places; None where it is not known to be."""
         self.mentioned = False
         self.labels_first = 0 in setup.labels
         """Whether the students may wait for labels before their first step."""

@@ -87,7 +87,7 @@ def test_students_that_failed_are_missed_until_one_begins_again(tmp_path):
     watched = log.watch()
     assert watched["students_lost"]
     assert watched["messages"] == [
-        "student 1 failed: its node is gone. All begin again from the newest checkpoint, up to 3 times"
+        "student 1 failed: its node is gone. All begin again from the newest checkpoint, up to 3 times in a run"
     ], "once, however often Ray Train finds it so"
     assert [(line["kind"], line["step"]) for line in lines(tmp_path)][1] == ("event", 7)
     log.write("student", 0, {"rank": 0})

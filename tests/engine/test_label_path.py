@@ -17,7 +17,7 @@ def _no_other_ray():
 def two_nodes():
     """256 images of 64 KB, every one visited once a refresh in random order; the teachers on a node of their own.
 
-    A refresh takes three times as long as in the bench, so that tests which ran before weigh little.
+    A refresh takes three times as long as in the bench, so that what else the machine does weighs less.
     """
     return measure(Load(refreshes=5, step_seconds=0.1))
 

@@ -25,6 +25,7 @@ def test_students_are_elastic_where_fewer_would_do(students, least, elastic):
 def started(monkeypatch, tmp_path):
     """What Ray Train is told, and the timeout that it would read, for a number of students and the least of them."""
     monkeypatch.setenv(START_TIMEOUT, "before")
+    monkeypatch.setattr(student_group, "USERS_TIMEOUT", None)
 
     def start(students, least):
         told = {}
